@@ -1,0 +1,77 @@
+"""One reading: what a probe measured at one step of the training, frozen and saveable. Knows neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_rmt.spectra.spectrum import Spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The result of one probe of a training run.
+
+    Attributes:
+        step: position on the loggers' step axis (the one that the batch's training metrics are logged under).
+        epoch: epoch of the probe.
+        spectrum: the measured spectrum.
+        curvature: ``"hessian"``, ``"ggn"`` or ``"gradient_covariance"``.
+        name: the monitor's name, which prefixes every tag.
+        seconds: wall-clock time of the probe.
+        samples: samples in the curvature batches, over all ranks.
+        parameters: names of the probed parameters.
+        learning_rate: largest learning rate over the optimizers' parameter groups, None where there is none.
+        symmetry_error: ``|u'Hv - v'Hu|`` relative to ``|Hu| |v|`` + ``|Hv| |u|``; None where it wasn't tested.
+        repeat_error: relative difference of the same product taken twice; None where it wasn't tested.
+        notes: sentences for the user: what was refused or looks wrong, and why.
+    """
+
+    step: int
+    epoch: int
+    spectrum: Spectrum
+    curvature: str
+    name: str
+    seconds: float
+    samples: int
+    parameters: tuple[str, ...] = ()
+    learning_rate: float | None = None
+    symmetry_error: float | None = None
+    repeat_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sharpness_times_lr(self) -> float | None:
+        """``lambda_max * lr``; gradient descent on a quadratic is stable below 2 (Cohen et al. 2021)."""
+        return None if self.learning_rate is None else self.spectrum.lambda_max.value * self.learning_rate
+
+    def save(self, path: str | Path) -> None:
+        """Writes the reading to ``path`` as .npz (plain arrays and JSON, no pickle); ``Spectrum.load`` reads it too."""
+        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectrum"}
+        with open(path, "wb") as file:
+            np.savez_compressed(file, reading=np.array(json.dumps(meta)), **self.spectrum.to_arrays())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reading:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is not a saved reading (a bare spectrum has no reading in it).
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = dict(archive)
+        except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"{path} is not a saved reading: {error}") from error
+        if "reading" not in arrays:
+            raise ValueError(f"{path} holds no reading; Spectrum.load may read it")
+        meta: dict[str, Any] = json.loads(str(arrays.pop("reading")))
+        known = {f.name for f in fields(cls)}
+        meta = {key: tuple(v) if isinstance(v, list) else v for key, v in meta.items() if key in known}
+        return cls(spectrum=Spectrum.from_arrays(arrays), **meta)

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_rmt.krylov.lanczos import lanczos, rounding_noise, start_vector
+from lightning_rmt.krylov.reductions import inner_products, norm
+
+
+class Diagonal:
+    """Lanczos from a Gaussian start on any symmetric matrix equals in law Lanczos on its eigenvalues."""
+
+    def __init__(self, values, dtype=torch.float64):
+        self.values = torch.as_tensor(np.asarray(values), dtype=dtype)
+        self.size, self.dtype, self.device = self.values.numel(), dtype, torch.device("cpu")
+        self.seen = []
+
+    def matmat(self, V):
+        self.seen.append(V.clone())
+        return V * self.values
+
+
+def hessian_like(n, seed=0, outliers=10):
+    rng = np.random.default_rng(seed)
+    bulk = np.concatenate([np.zeros(n // 2), rng.chisquare(3, n - n // 2 - outliers) / 3])
+    return np.concatenate([np.linspace(4, 50, outliers), bulk])
+
+
+def run(operator, steps, seed=0, **kwargs):
+    return lanczos(operator, start_vector(operator, seed), steps, **kwargs)
+
+
+def copies(tridiagonal, levels):
+    """How many Ritz values sit on some of ``levels`` beyond one each."""
+    close = np.abs(tridiagonal.nodes[:, None] - np.asarray(levels)[None]) < 1e-4 * np.max(levels)
+    return int(np.maximum(close.sum(0) - 1, 0).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_three_term_recurrence_and_orthonormal_basis(dtype):
+    operator = Diagonal(hessian_like(5000), dtype)
+    steps = 60
+    tridiagonal = run(operator, steps)
+    Q = torch.cat(operator.seen).double().numpy()
+    eps = torch.finfo(dtype).eps
+    T = np.diag(tridiagonal.alpha) + np.diag(tridiagonal.beta[:-1], 1) + np.diag(tridiagonal.beta[:-1], -1)
+    np.testing.assert_allclose(Q @ Q.T, np.eye(steps), atol=20 * eps)
+    remainder = operator.values.double().numpy() * Q - T @ Q  # = beta_m e_m q_{m+1}'
+    assert np.abs(remainder[:-1]).max() < 20 * eps * 50
+    np.testing.assert_allclose(np.linalg.norm(remainder[-1]), tridiagonal.beta[-1], rtol=1e3 * eps)
+
+
+def test_certified_values_and_residuals_bound_the_error():
+    values = hessian_like(4000, seed=3)
+    tridiagonal = run(Diagonal(values), 60)
+    distance = np.abs(tridiagonal.nodes[:, None] - values[None]).min(1)
+    assert (distance <= tridiagonal.residuals + 1e-12).all()
+    np.testing.assert_allclose(tridiagonal.nodes[::-1][:10], np.sort(values)[::-1][:10], rtol=1e-12)
+
+
+def test_quadrature_reproduces_moments_of_the_start_vector():
+    operator = Diagonal(np.linspace(-1, 1, 300))
+    start = start_vector(operator, 5)
+    tridiagonal = lanczos(operator, start, 12)
+    w, x = start.numpy() ** 2, operator.values.numpy()
+    for k in range(2 * 12):
+        np.testing.assert_allclose(tridiagonal.weights @ tridiagonal.nodes**k, w @ x**k, rtol=1e-11, atol=1e-14)
+    assert abs(tridiagonal.weights @ tridiagonal.nodes**24 - w @ x**24) > 1e-13  # exact up to degree 2m-1, no further
+
+
+def test_ghosts_appear_without_reorthogonalisation_only():
+    levels = np.linspace(4, 50, 10)
+    values = hessian_like(100_000)
+    full = run(Diagonal(values, torch.float32), 100)
+    bare = run(Diagonal(values, torch.float32), 100, reorthogonalise=False)
+    assert copies(full, levels) == 0
+    assert copies(bare, levels) > 10  # the test sees the bug
+    for k in (1, 2):  # but its quadrature is right
+        np.testing.assert_allclose(bare.weights @ bare.nodes**k, full.weights @ full.nodes**k, rtol=1e-4)
+
+
+def test_million_parameters_in_float32():
+    n = 1_000_000
+    levels = np.linspace(20, 50, 10)
+    values = np.concatenate([levels, np.random.default_rng(0).chisquare(3, n - 10) / 3])
+    operator = Diagonal(values, torch.float32)
+    tridiagonal = run(operator, 40)
+    Q = torch.cat(operator.seen).double()
+    assert (Q @ Q.T - torch.eye(40, dtype=torch.float64)).abs().max() < 1e-5
+    np.testing.assert_allclose(tridiagonal.nodes[::-1][:10], levels[::-1], rtol=5e-6)
+
+
+def test_chunked_reduction_is_more_accurate_than_a_plain_one():
+    generator = torch.Generator().manual_seed(0)
+    rows, vector = torch.randn(8, 1_000_000, generator=generator), torch.randn(1_000_000, generator=generator)
+    rows[0] = vector
+    exact = rows.double() @ vector.double()
+    scale = rows.double().norm(dim=1) * vector.double().norm()
+    chunked = ((inner_products(rows, vector) - exact) / scale).abs().max()
+    plain = (((rows @ vector).double() - exact) / scale).abs().max()
+    assert chunked < 2e-7
+    assert chunked < plain / 10
+    torch.testing.assert_close(norm(vector), vector.double().norm(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reorthogonalise", [True, False])
+def test_invariant_subspace_ends_the_run(dtype, reorthogonalise):
+    values = np.zeros(2000)
+    values[:5] = [5, 4, 3, -2, 1]
+    tridiagonal = run(Diagonal(values, dtype), 50, reorthogonalise=reorthogonalise)
+    if reorthogonalise:
+        assert tridiagonal.steps == 6
+        assert tridiagonal.exhausted
+        np.testing.assert_allclose(tridiagonal.nodes, [-2, 0, 1, 3, 4, 5], atol=50 * rounding_noise(dtype))
+    np.testing.assert_allclose(tridiagonal.weights.sum(), 1, rtol=1e-12)
+
+
+def test_more_steps_than_dimensions_gives_the_exact_spectrum():
+    values = np.array([-1.0, 0.5, 2.0, 7.0])
+    tridiagonal = run(Diagonal(values), 30)
+    assert tridiagonal.exhausted
+    np.testing.assert_allclose(tridiagonal.nodes, values, atol=1e-13)
+    single = run(Diagonal([3.0]), 5)
+    assert (single.steps, single.exhausted) == (1, True)
+    np.testing.assert_allclose(single.nodes, [3.0])
+
+
+def test_zero_operator():
+    tridiagonal = run(Diagonal(np.zeros(50), torch.float32), 10)
+    assert tridiagonal.exhausted
+    np.testing.assert_array_equal(tridiagonal.nodes, [0.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-27, 27])
+def test_scale_covariance_is_exact_for_powers_of_two(dtype, exponent):
+    values = hessian_like(3000)
+    one = run(Diagonal(values, dtype), 40)
+    scaled = run(Diagonal(values * 2.0**exponent, dtype), 40)
+    np.testing.assert_array_equal(scaled.alpha, one.alpha * 2.0**exponent)
+    np.testing.assert_array_equal(scaled.beta, one.beta * 2.0**exponent)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8, -1.0])
+def test_scale_covariance(factor):
+    values = hessian_like(3000)
+    one, scaled = run(Diagonal(values), 40), run(Diagonal(values * factor), 40)
+    np.testing.assert_allclose(np.sort(scaled.nodes / factor)[-10:], one.nodes[-10:], rtol=1e-12)
+    for k in range(1, 4):
+        np.testing.assert_allclose(scaled.weights @ (scaled.nodes / factor) ** k, one.weights @ one.nodes**k, rtol=1e-10)
+
+
+class CountSynchronisations(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    names = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        moved = name == "_to_copy" and (kwargs or {}).get("device") is not None
+        if name in self.names and (name != "_to_copy" or moved):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reorthogonalise", [True, False])
+def test_no_host_synchronisation_inside_a_run(reorthogonalise):
+    operator = Diagonal(hessian_like(2000), torch.float32)
+    start = start_vector(operator, 0)
+    per_steps = []
+    for steps in (2, 20):
+        with CountSynchronisations() as count:
+            lanczos(operator, start, steps, reorthogonalise=reorthogonalise)
+        per_steps.append(count.calls)
+    assert per_steps[0] == per_steps[1] == []
+    with CountSynchronisations() as count:  # the counter counts
+        float(start[0])
+    assert count.calls
+
+
+def test_start_vector_is_reproducible_and_leaves_the_global_generator_alone():
+    operator = Diagonal(np.ones(1000), torch.float64)
+    state = torch.get_rng_state()
+    vector = start_vector(operator, 3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(vector, start_vector(operator, 3))
+    assert not torch.equal(vector, start_vector(operator, 4))
+    assert abs(vector.norm() - 1) < 1e-15
+    same_in_float32 = start_vector(Diagonal(np.ones(1000), torch.float32), 3)
+    torch.testing.assert_close(same_in_float32.double(), vector, rtol=1e-6, atol=0)
+
+
+def test_errors():
+    operator = Diagonal(np.ones(10))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        run(operator, 0)
+    with pytest.raises(ValueError, match=r"shape \(10,\)"):
+        lanczos(operator, torch.ones(9, dtype=torch.float64), 3)
+    with pytest.raises(ValueError, match="not finite"):
+        run(Diagonal([1.0, np.nan, 2.0]), 2)
+
+
+def test_progress_is_reported_per_step():
+    seen = []
+    run(Diagonal(np.arange(50.0)), 7, on_step=seen.append)
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
