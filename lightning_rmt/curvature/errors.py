@@ -1,0 +1,75 @@
+"""What can go wrong in a curvature product, in words that say what to do about it."""
+
+from __future__ import annotations
+
+import re
+
+
+class CurvatureError(RuntimeError):
+    """A curvature product can't be had from this loss; the message says why and what to do."""
+
+
+class SecondDerivativeError(CurvatureError):
+    """An operation in the loss has no second derivative, so double backward is impossible.
+
+    Attributes:
+        operation: name of the operation as PyTorch reports it, for example ``"_embedding_bag_backward"``.
+    """
+
+    def __init__(self, operation: str, remedy: str = "") -> None:
+        self.operation = operation
+        super().__init__(
+            f"the Hessian needs the second derivative of `{operation}`, which PyTorch does not implement. "
+            + (remedy or "Use FiniteDifferenceHessian, or replace this operation in the loss.")
+        )
+
+    def __reduce__(self) -> tuple[type[SecondDerivativeError], tuple[str]]:
+        return (SecondDerivativeError, (self.operation,))  # so that it can cross a process boundary
+
+
+# "derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented",
+# "the derivative for '_embedding_bag_backward' is not implemented."
+_NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?([\w.]+)'? is not implemented")
+
+
+def explain(error: BaseException) -> CurvatureError | None:
+    """Translates an error of the autograd engine into one that says what to do.
+
+    Args:
+        error: what PyTorch raised while a loss was evaluated or differentiated.
+
+    Returns:
+        The error to raise from it, or None where the original message is the best there is.
+    """
+    message = str(error)
+    if found := _NO_DERIVATIVE.search(message):
+        return SecondDerivativeError(found.group(1))
+    if "support double backward" in message or "donated buffers" in message:
+        return SecondDerivativeError(
+            "torch.compile",
+            "Compiled code can be differentiated only once: evaluate the loss with the uncompiled module, or under "
+            '`with torch.compiler.set_stance("force_eager"):`.',
+        )
+    if "Double backwards is not supported for CuDNN RNN" in message:
+        return SecondDerivativeError(
+            "_cudnn_rnn_backward",
+            "Evaluate the loss under `with torch.backends.cudnn.flags(enabled=False):`, or use FiniteDifferenceHessian.",
+        )
+    if "once_differentiable" in message:
+        return SecondDerivativeError("an autograd.Function marked @once_differentiable")
+    if "use_reentrant=True" in message:
+        return CurvatureError(
+            "a reentrant activation checkpoint can't be differentiated with torch.autograd.grad: "
+            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    if "Inference tensors cannot be saved for backward" in message:
+        return CurvatureError(
+            "the batch or the model holds inference tensors, which autograd can't use: "
+            "clone them outside torch.inference_mode() before taking curvature"
+        )
+    if "sparse" in message.lower():
+        return CurvatureError(
+            "a sparse gradient can't be differentiated again: set `sparse = False` on the embedding while curvature "
+            f"is taken, or use FiniteDifferenceHessian (PyTorch said: {message.splitlines()[0]})"
+        )
+    return None

@@ -1,0 +1,98 @@
+"""What all curvature operators share: a flat parameter block, and products with stacks of vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_rmt.curvature.evaluation import differentiable
+from lightning_rmt.curvature.parameters import ParameterBlock
+
+
+class CurvatureOperator(ABC):
+    """A symmetric linear operator on flat parameter vectors.
+
+    Attributes:
+        block: the parameters and their flat layout.
+        size: dimension n.
+        device: of the vectors.
+        dtype: of the vectors, float32 or float64.
+        samples: total weight of the batches; the number of samples unless the loss returned weights of its own.
+        loss_value: weighted mean loss over the batches.
+        gradient: weighted mean gradient, shape (size,), detached.
+        unused: names of the parameters that the loss does not depend on: never used, or behind a reentrant activation
+            checkpoint, which hides them silently. Their rows and columns are zero. Frozen ones are not listed.
+        products: operator-vector products taken so far.
+    """
+
+    samples: float
+    loss_value: float
+    gradient: Tensor
+    unused: tuple[str, ...]
+
+    def __init__(self, block: ParameterBlock) -> None:
+        self.block = block
+        self.size = block.size
+        self.device = block.device
+        self.dtype = block.dtype
+        self.products = 0
+        self.released = False
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Products with the rows of ``V``. Never waits for the device.
+
+        Args:
+            V: shape (k, size), in the operator's dtype and on its device.
+
+        Returns:
+            A new tensor of the same shape: row i is the operator applied to row i of ``V``.
+
+        Raises:
+            ValueError: ``V`` has another shape, dtype or device.
+            CurvatureError: the loss can't be differentiated as needed, or the operator was released.
+        """
+        if V.ndim != 2 or V.shape[1] != self.size:
+            raise ValueError(f"V must have shape (k, {self.size}), got {tuple(V.shape)}")
+        if V.dtype != self.dtype or V.device != self.device:
+            raise ValueError(f"V must be {self.dtype} on {self.device}, got {V.dtype} on {V.device}")
+        if self.released:
+            raise RuntimeError(
+                f"this {type(self).__name__} was released: its graphs are gone; build a new one"
+            )
+        with differentiable():  # a checkpoint recomputes its forward pass in here
+            product = self._matmat(V.detach())
+        self.products += V.shape[0]
+        return product
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Product with one vector of shape (size,); see `matmat`."""
+        if v.shape != (self.size,):
+            raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
+        return self.matmat(v.unsqueeze(0)).squeeze(0)
+
+    @abstractmethod
+    def _matmat(self, V: Tensor) -> Tensor:
+        """Products with the rows of a detached ``V`` of the right shape, dtype and device."""
+
+    def release(self) -> None:
+        """Drops the graphs (and with them the memory of the activations); products are no longer possible."""
+        self.released = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def zeros(self, k: int) -> Tensor:
+        """A (k, size) tensor of zeros in the operator's dtype, on its device."""
+        return torch.zeros(k, self.size, dtype=self.dtype, device=self.device)
