@@ -1,0 +1,1 @@
+"""The Trainer's hooks, and nothing else: one file, one class."""

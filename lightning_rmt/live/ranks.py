@@ -1,0 +1,76 @@
+"""Ranks act together or not at all: one that fails alone would pair its next all-reduce with another's probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class OtherRankFailedError(RuntimeError):
+    """This rank was fine, but another one was not, so all of them skip the probe."""
+
+
+class Ranks:
+    """The data-parallel process group of a Trainer, or a single process.
+
+    Attributes:
+        group: process group for the products; None for a single process.
+        size: number of ranks in it.
+        rank: this process's rank in it.
+    """
+
+    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self._device = device or torch.device("cpu")
+
+    @classmethod
+    def of(cls, trainer: Any) -> Ranks:
+        """The ranks that share the loss in this Trainer."""
+        if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        mesh = getattr(trainer.strategy, "device_mesh", None)
+        group = mesh["data_parallel"].get_group() if mesh is not None else dist.group.WORLD
+        on_cpu = dist.get_backend(group) == "gloo"
+        return cls(group, torch.device("cpu") if on_cpu else trainer.strategy.root_device)
+
+    def all_ok(self, ok: bool) -> bool:
+        """Whether every rank is fine (one small all-reduce)."""
+        if self.group is None:
+            return ok
+        flag = torch.tensor(int(ok), device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(flag.item())
+
+    def together(self, stage: Callable[[], T]) -> T:
+        """Runs a local stage that may fail; returns its result only if it worked on every rank.
+
+        Raises:
+            OtherRankFailedError: it worked here, but not everywhere.
+            Exception: whatever the stage raised here.
+        """
+        result, error = None, None
+        try:
+            result = stage()
+        except Exception as caught:
+            error = caught
+        ok = self.all_ok(error is None)
+        if error is not None:
+            raise error
+        if not ok:
+            raise OtherRankFailedError("the probe failed on another rank; its log says why. All ranks skip this one")
+        return result  # type: ignore[return-value]
+
+    def from_first(self, value: int) -> int:
+        """The first rank's value, on every rank."""
+        if self.group is None:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=self._device)
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return int(tensor.item())

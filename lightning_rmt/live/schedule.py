@@ -1,0 +1,108 @@
+"""When to probe: every n optimizer steps, or as often as a share of the training time pays for."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+# Steps after a probe before the next one is decided on: enough for a median step time that a slow first step can't spoil.
+STEPS_TO_MEASURE = 10
+
+
+class Schedule:
+    """Says, for every optimizer step, whether its batches are collected and whether a probe follows it.
+
+    A probe that wants several batches collects them over the steps before it: the window opens at a multiple of
+    ``every_n_steps`` and the probe is taken at its end. In that mode the answer depends on the step's number alone, so a
+    resumed run probes where the uninterrupted one would have. With ``every_n_steps=None`` the first window opens at step
+    0; the next one opens when the probe that was just taken costs less than ``max_overhead`` of the training time since.
+    That needs a clock, so it is decided by one rank (`decide`) and told to the others.
+
+    Steps are counted as Lightning's loggers count them: batches after which an optimizer stepped, whatever the
+    accumulation and the number of optimizers.
+
+    Args:
+        every_n_steps: distance of the probes, or None for the budget.
+        max_overhead: the probes' share of the training time, for the budget.
+        batches: curvature batches per probe.
+    """
+
+    def __init__(self, every_n_steps: int | None, max_overhead: float, batches: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.max_overhead = max_overhead
+        self.batches = batches
+        self.probe_seconds = 0.0
+        self.training_seconds = 0.0
+        self._next: int | None = 0
+        self._last_probe: int | None = None
+        self._last_cost = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=100)
+
+    def window(self, accumulate: int) -> int:
+        """Steps that a probe's batches take, with ``accumulate`` batches to a step."""
+        return math.ceil(self.batches / accumulate)
+
+    def collects(self, step: int, accumulate: int) -> bool:
+        """Whether the batches of this step go into a probe."""
+        if self.every_n_steps is not None:
+            return step % self.every_n_steps < self.window(accumulate)
+        return self._next is not None and step >= self._next
+
+    def due(self, step: int, accumulate: int) -> bool:
+        """Whether a probe follows this step."""
+        if self.every_n_steps is not None:
+            return step % self.every_n_steps == self.window(accumulate) - 1
+        return self._next is not None and step >= self._next + self.window(accumulate) - 1
+
+    @property
+    def overhead(self) -> float | None:
+        """Time spent on probes over time spent on training so far; None before the first step was timed."""
+        return self.probe_seconds / self.training_seconds if self.training_seconds > 0 else None
+
+    def stepped(self, seconds: float) -> None:
+        """Notes how long a step of the training took, without the probe."""
+        self.training_seconds += seconds
+        self._step_seconds.append(seconds)
+
+    def probed(self, step: int, seconds: float) -> None:
+        """Notes that a probe was taken (or tried) after this step, and what it cost."""
+        self.probe_seconds += seconds
+        self._last_probe, self._last_cost, self._next = step, seconds, None
+        self._step_seconds.clear()
+
+    def undecided(self, step: int) -> bool:
+        """Whether the next probe's step is to be decided now; the same on every rank."""
+        if self.every_n_steps is not None or self._next is not None or self._last_probe is None:
+            return False
+        return step >= self._last_probe + STEPS_TO_MEASURE
+
+    def decide(self, step: int) -> int:
+        """The step at which the next window opens, from this rank's clock."""
+        if self._last_probe is None or not self._step_seconds:
+            return step + 1
+        distance = self._last_cost / (self.max_overhead * max(statistics.median(self._step_seconds), 1e-9))
+        return max(step + 1, self._last_probe + math.ceil(distance))
+
+    def set_next(self, step: int) -> None:
+        """Takes over the decision of the deciding rank."""
+        self._next = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values, for a checkpoint."""
+        return {
+            "next": self._next,
+            "last_probe": self._last_probe,
+            "last_cost": self._last_cost,
+            "probe_seconds": self.probe_seconds,
+            "training_seconds": self.training_seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self._next = state["next"]
+        self._last_probe = state["last_probe"]
+        self._last_cost = float(state["last_cost"])
+        self.probe_seconds = float(state["probe_seconds"])
+        self.training_seconds = float(state["training_seconds"])
