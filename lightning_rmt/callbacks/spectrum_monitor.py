@@ -1,0 +1,408 @@
+"""SpectrumMonitor: watches the spectrum of the loss's curvature while a LightningModule trains."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+
+from lightning_rmt.curvature.distributed import RankSum
+from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.curvature.parameters import hooked_parameters
+from lightning_rmt.live.batches import BatchCollector, CapturedBatch
+from lightning_rmt.live.fence import fence
+from lightning_rmt.live.loss import refuse_unusable_loss
+from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
+from lightning_rmt.live.operators import build_operator, refuse_missing_outputs
+from lightning_rmt.live.progress import probe_progress
+from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.schedule import Schedule
+from lightning_rmt.live.sharding import unsharded
+from lightning_rmt.live.strategies import refuse_untested_strategy
+from lightning_rmt.probe import Measurement, measure
+from lightning_rmt.reading import Reading
+from lightning_rmt.report.files import save_reading
+from lightning_rmt.report.history import HistoryEntry
+from lightning_rmt.report.loggers import LoggerReport
+
+FAILURES_IN_A_ROW = 3
+STATE_VERSION = 1
+
+
+class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
+    """Measures the spectrum of the curvature of the training loss now and then, and logs it.
+
+    Training with the monitor is bitwise training without it: the loss is run again behind a fence that restores
+    everything it may touch, on copies of batches that the training loop consumed anyway.
+
+    **Logged** (prefix ``rmt/``, or the ``name``): ``lambda_max`` and ``lambda_min`` with their residuals, ``trace`` and
+    ``frobenius`` with their standard errors, certified eigenvalues ``top/<i>`` and ``bottom/<i>``, outlier counts, bulk
+    edges, quantiles, masses, ``sharpness_times_lr`` (gradient descent: compare with 2), ``probe_seconds`` and
+    ``overhead``; to TensorBoard also the density as a histogram, and two figures. What can't be had honestly is not
+    logged; the reason is, once. Every reading is saved below the run's log directory:
+    ``python -m lightning_rmt plot RUN_DIRECTORY`` draws them, ``Spectrum.load`` reads one.
+
+    After a probe, `reading` holds the last reading, and `history` one light record per probe.
+
+    Args:
+        every_n_steps: probe at every multiple of this number of optimizer steps, the first one after step 0. None: as
+            often as ``max_overhead`` allows.
+        max_overhead: share of the training time that the probes may take, if ``every_n_steps`` is None.
+        curvature: ``"hessian"``, ``"ggn"`` (Gauss-Newton; needs ``outputs_fn`` or the module's ``curvature_outputs``) or
+            ``"gradient_covariance"`` (per sample).
+        lanczos_steps: products per probe. 100 resolve most outliers; 50 are often enough with a few large ones.
+        probes: random start vectors. One carries its own error bars; more make density and trace sharper.
+        batches: curvature batches per probe and rank, collected over the steps before it.
+        loss_fn: function of (module, batch) that returns the loss, or (loss, weight). None: the module's
+            ``curvature_loss(batch)`` if it has one, else its ``training_step``.
+        outputs_fn: function of (module, batch) that returns (outputs, loss of these outputs), for ``"ggn"``.
+        parameters: name patterns (``"encoder.*"``) of the parameters to look at. None: all trainable ones.
+        levels: parameter blocks whose exact level statistics are wanted; not available in this version, must be None.
+        product: ``"exact"`` (double backward), ``"finite_difference"``, or ``"auto"``: exact, unless an operation of the
+            model has no second derivative and finite differences pass their own check.
+        autocast: measure under the Trainer's autocast instead of in full precision; products then err by 0.4 to 5 %.
+        seed: of the start vectors and of the dropout masks inside the probe.
+        name: prefix of the tags, and the folder of the saved readings; several monitors need different ones.
+        on_error: ``"warn"``: a probe that fails is a warning, and the monitor turns itself off after three in a row;
+            ``"raise"``: it raises, with the module restored.
+        figures_every: draw figures for every n-th reading (and the first and the last); 0 for none.
+        custom_scalars: also write a layout for TensorBoard's custom scalars tab, with lambda_max and 2/lr in one chart.
+            It replaces a layout of your own.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        MisconfigurationException: (in ``setup``) the Trainer or the module can't be watched as asked.
+
+    Example::
+
+        trainer = Trainer(callbacks=[SpectrumMonitor()])
+        trainer.fit(model)  # then: tensorboard --logdir lightning_logs
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None = None,
+        max_overhead: float = 0.05,
+        curvature: Literal["hessian", "ggn", "gradient_covariance"] = "hessian",
+        lanczos_steps: int = 100,
+        probes: int = 1,
+        batches: int = 1,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
+        outputs_fn: Callable[[Any, Any], Any] | None = None,
+        parameters: list[str] | None = None,
+        levels: list[str] | None = None,
+        product: Literal["auto", "exact", "finite_difference"] = "auto",
+        autocast: bool = False,
+        seed: int = 0,
+        name: str = "rmt",
+        on_error: Literal["warn", "raise"] = "warn",
+        figures_every: int = 10,
+        custom_scalars: bool = False,
+    ) -> None:
+        super().__init__()
+        _validate(every_n_steps, max_overhead, lanczos_steps, probes, batches, parameters, seed, name)
+        _choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
+        _choose("product", product, ("auto", "exact", "finite_difference"))
+        _choose("on_error", on_error, ("warn", "raise"))
+        if levels is not None:
+            raise MisconfigurationException(
+                "level statistics are not available in this version: they need exact spectra, not Ritz values. "
+                "Leave levels=None"
+            )
+        self.curvature = curvature
+        self.lanczos_steps = lanczos_steps
+        self.probes = probes
+        self.loss_fn = loss_fn
+        self.outputs_fn = outputs_fn
+        self.parameters = parameters
+        self.levels = levels
+        self.product = product
+        self.autocast = autocast
+        self.seed = seed
+        self.name = name
+        self.on_error = on_error
+        self.reading: Reading | None = None
+        self.history: list[HistoryEntry] = []
+        self._schedule = Schedule(every_n_steps, max_overhead, batches)
+        self._collector = BatchCollector(batches)
+        self._report = LoggerReport(figures_every=figures_every, custom_scalars=custom_scalars)
+        self._checked = False
+        self._failures = 0
+        self._off = False
+        self._clock: float | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Own key in the checkpoint for each of several monitors."""
+        return f"SpectrumMonitor[{self.name}]"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what can't work, before the first step."""
+        if stage != "fit":
+            return
+        same = [cb for cb in trainer.callbacks if isinstance(cb, SpectrumMonitor) and cb.name == self.name]
+        if len(same) > 1:
+            raise MisconfigurationException(
+                f"{len(same)} SpectrumMonitors are named {self.name!r}; give each its own: SpectrumMonitor(name=...)"
+            )
+        refuse_untested_strategy(trainer)
+        if self.curvature == "ggn":
+            refuse_missing_outputs(pl_module, self.curvature, self.outputs_fn)
+        else:
+            refuse_unusable_loss(pl_module, self.loss_fn)
+        consumed = any(getattr(callback, "consumes_readings", False) for callback in trainer.callbacks)
+        if not trainer.loggers and not consumed and not trainer.barebones and not trainer.fast_dev_run:
+            raise MisconfigurationException(
+                "SpectrumMonitor has nowhere to write: the Trainer has no logger. Use Trainer(logger=True) or a "
+                "TensorBoardLogger, or remove the monitor"
+            )
+        self._off = bool(trainer.barebones)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Checks what depends on the accumulation, and starts the clock."""
+        every = self._schedule.every_n_steps
+        if every is not None and self._schedule.window(trainer.accumulate_grad_batches) > every:
+            raise MisconfigurationException(
+                f"{self._schedule.batches} curvature batches don't fit into {every} steps of "
+                f"{trainer.accumulate_grad_batches} batches: make every_n_steps larger or batches smaller"
+            )
+        self._clock = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Copies the batch if a probe is coming up: the training step may change it."""
+        if self._idle(trainer) or not self._schedule.collects(_step(trainer), trainer.accumulate_grad_batches):
+            return
+        try:
+            self._collector.add(batch, batch_idx)
+        except Exception as error:
+            self._failed(trainer, error)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Takes a probe if one is due after the optimizer step that was just made."""
+        if self._idle(trainer) or trainer.fit_loop._should_accumulate():
+            return
+        step = _step(trainer)
+        now = time.perf_counter()
+        if self._clock is not None:
+            self._schedule.stepped(now - self._clock)
+        if self._schedule.due(step, self._accumulate(trainer)):
+            self._take(trainer, pl_module, step)
+            self._schedule.probed(step, time.perf_counter() - now)
+        elif self._schedule.undecided(step):
+            self._schedule.set_next(Ranks.of(trainer).from_first(self._schedule.decide(step)))
+        self._clock = time.perf_counter()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draws the last reading's figures."""
+        if self.reading is not None and not trainer.fast_dev_run:
+            self._report.log_figures(trainer.loggers, self.reading, self.history)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Drops the batches that no probe came for."""
+        self._collector.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values only: checkpoints are read back with ``weights_only=True``."""
+        return {
+            "version": STATE_VERSION,
+            "schedule": self._schedule.state_dict(),
+            "report": self._report.state_dict(),
+            "history": [entry.to_dict() for entry in self.history],
+            "checked": self._checked,
+            "failures": self._failures,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint left off; one of another version is ignored with a warning."""
+        if state_dict.get("version") != STATE_VERSION:
+            warnings.warn(
+                f"the checkpoint's state of SpectrumMonitor {self.name!r} is of version {state_dict.get('version')}, not "
+                f"{STATE_VERSION}; the monitor starts afresh",
+                stacklevel=2,
+            )
+            return
+        self._schedule.load_state_dict(state_dict["schedule"])
+        self._report.load_state_dict(state_dict["report"])
+        self.history = [HistoryEntry.from_dict(entry) for entry in state_dict["history"]]
+        self._checked = bool(state_dict["checked"])
+        self._failures = int(state_dict["failures"])
+
+    def _idle(self, trainer: Any) -> bool:
+        """Whether this batch is no business of the monitor's."""
+        averaging_epoch = trainer.fit_loop._skip_backward  # SWA's last epoch, which only updates batch statistics
+        probed_enough = bool(trainer.fast_dev_run) and self.reading is not None
+        return self._off or averaging_epoch or probed_enough
+
+    def _accumulate(self, trainer: Any) -> int:
+        """Batches to a step; a fast_dev_run may be too short for a window and probes with what it has."""
+        if trainer.fast_dev_run and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return max(len(self._collector), self._schedule.batches)
+        return int(trainer.accumulate_grad_batches)
+
+    def _take(self, trainer: Any, pl_module: Any, step: int) -> None:
+        captured = self._collector.take()
+        try:
+            reading = self._probe(trainer, pl_module, captured, step)
+            self._failures = 0
+            self.reading = reading
+            self.history.append(HistoryEntry.from_reading(reading))
+            if trainer.is_global_zero and not trainer.fast_dev_run:
+                save_reading(reading, _log_dir(trainer))
+            self._report.log(trainer.loggers, reading, self.history)
+        except Exception as error:
+            self._failed(trainer, error)
+
+    def _probe(self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int) -> Reading:
+        """One reading, taken behind the fence on all ranks together."""
+        ranks = Ranks.of(trainer)
+        begin = time.perf_counter()
+        with fence(trainer, pl_module, seed=_mix(self.seed, step, ranks.rank), autocast=self.autocast), unsharded(pl_module):
+            operator = ranks.together(lambda: self._operator(pl_module, captured))
+            try:
+                shared = operator if ranks.group is None else RankSum(operator, ranks.group)
+                with probe_progress(trainer, self.name, self.probes * min(self.lanczos_steps, operator.size)) as on_step:
+                    measured = self._measure(ranks, shared, step, on_step)
+                notes = _notes(operator)
+            finally:
+                operator.release()
+        self._checked = True
+        return Reading(
+            step=step,
+            epoch=int(trainer.current_epoch),
+            spectrum=measured.spectrum,
+            curvature=self.curvature,
+            name=self.name,
+            seconds=time.perf_counter() - begin,
+            samples=int(shared.samples),
+            parameters=tuple(operator.block.names),
+            learning_rate=_learning_rate(trainer),
+            symmetry_error=None if measured.check is None else measured.check.symmetry,
+            repeat_error=None if measured.check is None else measured.check.repeat,
+            notes=notes,
+        )
+
+    def _operator(self, pl_module: Any, captured: list[CapturedBatch]) -> CurvatureOperator:
+        if not captured:
+            raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
+        return build_operator(
+            pl_module,
+            captured,
+            curvature=self.curvature,
+            product=self.product,
+            parameters=self.parameters,
+            loss_fn=self.loss_fn,
+            outputs_fn=self.outputs_fn,
+        )
+
+    def _measure(self, ranks: Ranks, operator: Any, step: int, on_step: Any) -> Measurement:
+        """The spectrum; where a rank failed inside a product, its own error there and a word about it elsewhere."""
+
+        def run() -> Measurement:
+            try:
+                return measure(
+                    operator,
+                    steps=self.lanczos_steps,
+                    probes=self.probes,
+                    seed=_mix(self.seed, step, 0),
+                    check=not self._checked,
+                    on_step=on_step,
+                )
+            except Exception:
+                if getattr(operator, "error", None) is not None:
+                    raise operator.error from None
+                raise
+
+        return ranks.together(run)
+
+    def _failed(self, trainer: Any, error: Exception) -> None:
+        """Warns or raises; turns the monitor off after repeated failures."""
+        self._collector.take()
+        if self.on_error == "raise" or isinstance(error, MisconfigurationException):
+            raise error
+        self._failures += 1
+        self._off = self._failures >= FAILURES_IN_A_ROW
+        ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
+        if trainer.is_global_zero or not self._off:
+            warnings.warn(
+                f"SpectrumMonitor {self.name!r} could not take its probe after step {_step(trainer)}, the training is "
+                f"unaffected: {type(error).__name__}: {error}{ending}",
+                stacklevel=3,
+            )
+
+
+def _step(trainer: Any) -> int:
+    """The loggers' step axis, as LearningRateMonitor uses it: batches after which an optimizer stepped."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 8191 + rank
+
+
+def _log_dir(trainer: Any) -> str:
+    for logger in trainer.loggers:
+        directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+        if directory is not None:
+            return str(directory)
+    return str(trainer.default_root_dir)
+
+
+def _learning_rate(trainer: Any) -> float | None:
+    rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups if "lr" in g]
+    return max(rates, default=None)
+
+
+def _notes(operator: CurvatureOperator) -> tuple[str, ...]:
+    """What the user should know about how this was measured."""
+    notes = []
+    if operator.unused:
+        notes.append(
+            f"no gradient reaches {_listed(operator.unused)}: unused, or behind a reentrant activation checkpoint; "
+            "zeros in the spectrum"
+        )
+    named = zip(operator.block.names, operator.block.tensors, strict=True)
+    if hooked := hooked_parameters(named):
+        notes.append(
+            f"{_listed(hooked)} have gradient hooks, which fire in both passes of a product: a hook that scales the "
+            "gradient by c scales the measured curvature by c squared. loss_fn= with torch.func.functional_call avoids it"
+        )
+    return (*notes, *getattr(operator, "notes", ()))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _choose(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _validate(
+    every_n_steps: int | None,
+    max_overhead: float,
+    lanczos_steps: int,
+    probes: int,
+    batches: int,
+    parameters: list[str] | None,
+    seed: int,
+    name: str,
+) -> None:
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be at least 1, or None for a schedule by budget, got {every_n_steps}")
+    if not 0.0 < max_overhead <= 1.0:
+        raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
+    for argument, value in (("lanczos_steps", lanczos_steps), ("probes", probes), ("batches", batches)):
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value}")
+    if parameters is not None and (isinstance(parameters, str) or not parameters):
+        raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    if not name or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
+
+

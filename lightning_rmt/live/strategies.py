@@ -1,0 +1,26 @@
+"""Refuses strategies under which the probe was never tested, before training starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_rmt.live.namespaces import MisconfigurationException
+
+
+def refuse_untested_strategy(trainer: Any) -> None:
+    """Lets pass: one device, DDP and its variants, and FSDP2 through ModelParallelStrategy without tensor parallelism.
+
+    Raises:
+        MisconfigurationException: any other strategy; the message names what to use.
+    """
+    strategy = trainer.strategy
+    kind = type(strategy).__name__
+    if "DeepSpeed" in kind or kind in ("FSDPStrategy", "XLAFSDPStrategy", "XLAStrategy"):
+        raise MisconfigurationException(
+            f"SpectrumMonitor is not tested under {kind}; use DDP, or FSDP2 through ModelParallelStrategy"
+        )
+    mesh = getattr(strategy, "device_mesh", None)
+    if mesh is not None and "tensor_parallel" in (mesh.mesh_dim_names or ()) and mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            "SpectrumMonitor is not tested with tensor parallelism; use ModelParallelStrategy(tensor_parallel_size=1)"
+        )

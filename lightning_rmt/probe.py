@@ -1,0 +1,143 @@
+"""One probe: an operator goes in, a spectrum or a whole reading comes out. Knows no Lightning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lightning_rmt.krylov.lanczos import SymmetricOperator, lanczos, rounding_noise, start_vector
+from lightning_rmt.spectra.spectrum import Spectrum
+
+# Products of a correct operator are symmetric and repeatable to rounding (1e-7 in float32); a dropout mask that changes
+# between products, or batch statistics that move, show as 1e-2 to 1. Lanczos tolerates 1e-3 (density and outliers).
+TOLERANCE = 1e-3
+
+
+class ProductCheck(NamedTuple):
+    """How far an operator is from being symmetric and repeatable.
+
+    Attributes:
+        symmetry: ``|u'Hv - v'Hu| / |Hu|`` with random u and v along Hu, so that a symmetric H gives ``u'Hv = |Hu|``.
+        repeat: ``|Hu - Hu again| / |Hu|``.
+    """
+
+    symmetry: float
+    repeat: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether both are small enough for Lanczos (NaN is not)."""
+        return self.symmetry <= TOLERANCE and self.repeat <= TOLERANCE
+
+
+def product_noise(operator: SymmetricOperator) -> float:
+    """Relative error of the operator's products: its own ``noise`` attribute, or rounding in its dtype."""
+    return float(getattr(operator, "noise", rounding_noise(operator.dtype)))
+
+
+def check_product(operator: SymmetricOperator, seed: int = 0) -> ProductCheck:
+    """Takes three products to see whether the operator is symmetric and gives the same product twice."""
+    u = start_vector(operator, seed)
+    Hu = operator.matmat(u[None])[0]
+    length = torch.linalg.vector_norm(Hu, dtype=torch.float64)
+    v = (Hu / torch.where(length > 0, length, 1.0)).to(operator.dtype)
+    Hv, again = operator.matmat(v[None])[0], operator.matmat(u[None])[0]
+    asymmetry = (torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double())).abs()
+    drift = torch.linalg.vector_norm(again - Hu, dtype=torch.float64)
+    found = torch.stack([asymmetry, drift, length]).tolist()
+    scale = found[2] if found[2] != 0.0 else 1.0  # H = 0 is symmetric
+    return ProductCheck(found[0] / scale, found[1] / scale)
+
+
+def estimate_spectrum(
+    operator: SymmetricOperator,
+    *,
+    steps: int = 100,
+    probes: int = 1,
+    seed: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> Spectrum:
+    """Measures the spectrum of a symmetric operator by Lanczos from random start vectors.
+
+    The first probe is reorthogonalised (its basis takes steps * n elements) and gives eigenvalues and counts; further
+    probes keep three vectors only and sharpen what is a sum over the spectrum: density, trace, norm.
+
+    Args:
+        operator: anything with ``size``, ``device``, ``dtype`` and ``matmat``; see ``curvature/``.
+        steps: Lanczos steps of each probe, at most ``operator.size`` are made.
+        probes: random start vectors.
+        seed: of the start vectors; the same on all ranks.
+        on_step: called with the number of products queued so far.
+
+    Returns:
+        The spectrum, with errors.
+
+    Raises:
+        ValueError: ``steps`` or ``probes`` is below 1, or a product was NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> class Diagonal:
+        ...     size, device, dtype = 3, torch.device("cpu"), torch.float64
+        ...     def matmat(self, V):
+        ...         return V * torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+        >>> round(estimate_spectrum(Diagonal(), steps=3).lambda_max.value, 6)
+        5.0
+    """
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}")
+    runs, queued = [], 0
+
+    def count(step: int) -> None:
+        if on_step is not None:
+            on_step(queued + step)
+
+    for probe in range(probes):
+        start = start_vector(operator, seed + 7919 * probe)
+        runs.append(lanczos(operator, start, steps, reorthogonalise=probe == 0, on_step=count))
+        queued += min(steps, operator.size)
+    return Spectrum(tuple(runs), operator.size, products=queued, noise=product_noise(operator))
+
+
+class Measurement(NamedTuple):
+    """A spectrum with what it took.
+
+    Attributes:
+        spectrum: what was measured.
+        check: None where the operator wasn't checked.
+        seconds: wall-clock time of the products and of the analysis.
+    """
+
+    spectrum: Spectrum
+    check: ProductCheck | None
+    seconds: float
+
+
+def measure(
+    operator: SymmetricOperator,
+    *,
+    steps: int,
+    probes: int,
+    seed: int,
+    check: bool,
+    on_step: Callable[[int], None] | None = None,
+) -> Measurement:
+    """`estimate_spectrum`, after a look at whether the operator can be trusted.
+
+    Raises:
+        ValueError: as `estimate_spectrum`; or ``check`` is set and the products are not symmetric or not repeatable.
+    """
+    begin = time.perf_counter()
+    checked = check_product(operator, seed) if check else None
+    if checked is not None and not checked.ok and product_noise(operator) < TOLERANCE:
+        raise ValueError(
+            f"the curvature product is not a symmetric matrix's: asymmetry {checked.symmetry:.1e}, difference of the same "
+            f"product taken twice {checked.repeat:.1e} (both should be below {TOLERANCE:g}). Something in the loss changes "
+            "from product to product (randomness from a generator of its own, running statistics, non-deterministic "
+            "kernels), or a hook changes gradients. Make the loss a fixed function of the parameters with loss_fn="
+        )
+    spectrum = estimate_spectrum(operator, steps=steps, probes=probes, seed=seed, on_step=on_step)
+    return Measurement(spectrum, checked, time.perf_counter() - begin)
