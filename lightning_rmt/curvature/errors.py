@@ -14,17 +14,20 @@ class SecondDerivativeError(CurvatureError):
 
     Attributes:
         operation: name of the operation as PyTorch reports it, for example ``"_embedding_bag_backward"``.
+        remedy: what to do.
     """
 
-    def __init__(self, operation: str, remedy: str = "") -> None:
+    def __init__(
+        self,
+        operation: str,
+        remedy: str = "Use FiniteDifferenceHessian, or replace this operation in the loss.",
+    ) -> None:
         self.operation = operation
-        super().__init__(
-            f"the Hessian needs the second derivative of `{operation}`, which PyTorch does not implement. "
-            + (remedy or "Use FiniteDifferenceHessian, or replace this operation in the loss.")
-        )
+        self.remedy = remedy
+        super().__init__(f"PyTorch has no second derivative of `{operation}`. {remedy}")
 
-    def __reduce__(self) -> tuple[type[SecondDerivativeError], tuple[str]]:
-        return (SecondDerivativeError, (self.operation,))  # so that it can cross a process boundary
+    def __reduce__(self) -> tuple[type[SecondDerivativeError], tuple[str, str]]:
+        return (SecondDerivativeError, (self.operation, self.remedy))  # to cross a process boundary
 
 
 # "derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented",
@@ -41,35 +44,33 @@ def explain(error: BaseException) -> CurvatureError | None:
     Returns:
         The error to raise from it, or None where the original message is the best there is.
     """
+    if isinstance(error, CurvatureError):
+        return None
     message = str(error)
     if found := _NO_DERIVATIVE.search(message):
         return SecondDerivativeError(found.group(1))
     if "support double backward" in message or "donated buffers" in message:
         return SecondDerivativeError(
             "torch.compile",
-            "Compiled code can be differentiated only once: evaluate the loss with the uncompiled module, or under "
-            '`with torch.compiler.set_stance("force_eager"):`.',
+            "Compiled code can be differentiated only once: evaluate the loss with the uncompiled module, or "
+            'under `with torch.compiler.set_stance("force_eager"):`.',
         )
     if "Double backwards is not supported for CuDNN RNN" in message:
         return SecondDerivativeError(
             "_cudnn_rnn_backward",
-            "Evaluate the loss under `with torch.backends.cudnn.flags(enabled=False):`, or use FiniteDifferenceHessian.",
+            "Evaluate the loss under `with torch.backends.cudnn.flags(enabled=False):`, or use "
+            "FiniteDifferenceHessian.",
         )
     if "once_differentiable" in message:
         return SecondDerivativeError("an autograd.Function marked @once_differentiable")
     if "use_reentrant=True" in message:
         return CurvatureError(
-            "a reentrant activation checkpoint can't be differentiated with torch.autograd.grad: "
-            "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "a reentrant activation checkpoint can't be differentiated with torch.autograd.grad: call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
     if "Inference tensors cannot be saved for backward" in message:
         return CurvatureError(
-            "the batch or the model holds inference tensors, which autograd can't use: "
-            "clone them outside torch.inference_mode() before taking curvature"
-        )
-    if "sparse" in message.lower():
-        return CurvatureError(
-            "a sparse gradient can't be differentiated again: set `sparse = False` on the embedding while curvature "
-            f"is taken, or use FiniteDifferenceHessian (PyTorch said: {message.splitlines()[0]})"
+            "the batch or the model holds inference tensors, which autograd can't use: clone them outside "
+            "torch.inference_mode() before taking curvature"
         )
     return None

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_rmt.curvature.batches import sample_count
-from lightning_rmt.curvature.errors import explain
+from lightning_rmt.curvature.errors import CurvatureError, explain
+from lightning_rmt.curvature.parameters import ParameterBlock
 
 # loss(batch) -> the mean over the batch, or (mean, weight) where the sample count is not the right weight
 Loss: TypeAlias = Callable[[Any], "Tensor | tuple[Tensor, Any]"]
@@ -27,11 +28,11 @@ class Evaluation(NamedTuple):
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Modes that a loss needs to be differentiable twice, in its forward pass and in a checkpoint's recomputation.
+    """Modes that make a loss differentiable twice, in its forward pass and in a checkpoint's recomputation.
 
-    Gradients on, inference mode off, attention under the math backend (the fused kernels have no second derivative:
-    pytorch #116350) and compiled code run eagerly (compiled code has none either: pytorch #91469). Errors of autograd
-    leave translated by `explain`.
+    Gradients on, inference mode off, attention under the math backend (the fused kernels have no second
+    derivative: pytorch #116350) and compiled code run eagerly (it has none either: pytorch #91469). Errors of
+    autograd leave translated by `explain`.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -41,7 +42,7 @@ def differentiable() -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:  # NotImplementedError is one
             explained = explain(error)
             if explained is None:
                 raise
@@ -56,63 +57,142 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
         ValueError: there are none.
     """
     if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError(
-            f"batches must be an iterable of batches, got one {type(batches).__name__}; write [batch]"
-        )
+        raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}; write [batch]")
     listed = list(batches)
     if not listed:
         raise ValueError("no batches were given; curvature needs at least one (a generator is used up once)")
     return listed
 
 
-def evaluate(loss: Loss, batch: Any, index: int) -> Evaluation:
-    """Calls ``loss(batch)`` and checks that a scalar with a graph came back. Call it inside `differentiable`.
+def evaluate(loss: Callable[..., Any], arguments: tuple[Any, ...], index: int) -> Evaluation:
+    """Calls ``loss(*arguments)``, inside `differentiable`, and checks that a scalar with a graph came back.
 
     Args:
         loss: returns the mean over the batch, or ``(mean, weight)``.
-        batch: handed to the loss as it is.
+        arguments: what the loss is called with; the last one is the batch.
         index: position of the batch, for messages.
 
     Raises:
         TypeError: the loss is not a tensor.
         ValueError: it is not a scalar, or no parameter is in its graph, or the weight is not positive.
     """
-    torch.clear_autocast_cache()  # casts of the weights that an enclosing autocast region keeps may be stale
-    return _read(loss(batch), batch, index)
-
-
-def _read(result: Any, batch: Any, index: int) -> Evaluation:
-    value, weight = (
-        result if isinstance(result, tuple) and len(result) == 2 else (result, sample_count(batch))
-    )
+    torch.clear_autocast_cache()  # an enclosing autocast region keeps casts, which may be stale
+    result = loss(*arguments)
+    value, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"loss(batch) must return a tensor or (tensor, weight), got {type(value).__name__} in batch {index}"
-        )
+        raise TypeError(f"the loss must be a tensor or (tensor, weight), got {type(value).__name__} in batch {index}")
     if value.numel() != 1:
         raise ValueError(
-            f"loss(batch) must return a scalar, got shape {tuple(value.shape)} in batch {index}; "
-            "take the mean over the batch"
+            f"the loss must be a scalar, got shape {tuple(value.shape)} in batch {index}; take the mean over the batch"
         )
     if not value.requires_grad:
         raise ValueError(
-            f"the loss of batch {index} has no graph: no parameter with requires_grad=True is in it, or it was computed "
-            "under no_grad, detached, or turned into a number"
+            f"the loss of batch {index} has no graph: no parameter with requires_grad=True is in it, or it "
+            "was computed under no_grad, detached, or turned into a number"
         )
-    weight = float(weight)
+    weight = float(sample_count(arguments[-1]) if weight is None else weight)
     if not 0.0 < weight < float("inf"):
         raise ValueError(f"batch {index} has weight {weight}; it must be positive and finite")
     return Evaluation(value.reshape(()), weight)
 
 
-def require_finite(losses: list[Tensor]) -> list[float]:
-    """The losses as floats, moved to the host together.
+def differentiate(
+    value: Tensor,
+    block: ParameterBlock,
+    index: int,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """Gradients of a scalar, one per parameter: None for frozen ones and those it does not depend on.
+
+    Args:
+        value: the loss of batch ``index``.
+        block: parameters; their ``.grad`` is not touched.
+        index: position of the batch, for messages.
+        create_graph: build the gradients' own graph.
+        retain_graph: keep the loss's graph; None: as ``create_graph``.
 
     Raises:
-        ValueError: one is NaN or infinite; the message says which batch.
+        ValueError: every parameter is frozen, or the loss depends on none of them.
+        CurvatureError: ``create_graph`` with a sparse gradient.
     """
-    values = torch.stack([loss.detach().double().to(losses[0].device) for loss in losses]).tolist()
-    for index, value in enumerate(values):
-        if not abs(value) < float("inf"):
-            raise ValueError(f"the loss of batch {index} is {value}; its curvature means nothing")
-    return [float(value) for value in values]
+    trainable = [i for i, p in enumerate(block.tensors) if p.requires_grad]
+    if not trainable:
+        raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to differentiate by")
+    found = torch.autograd.grad(
+        value,
+        [block.tensors[i] for i in trainable],
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
+    if all(gradient is None for gradient in found):
+        raise ValueError(f"the loss of batch {index} depends on none of the parameters that were given")
+    gradients: list[Tensor | None] = [None] * len(block.tensors)
+    for i, gradient in zip(trainable, found, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            if create_graph:
+                raise CurvatureError(
+                    f"parameter {block.names[i]!r} has a sparse gradient, which can't be differentiated again: "
+                    "set `sparse = False` on its embedding while curvature is taken, or use "
+                    "FiniteDifferenceHessian"
+                )
+            gradient = gradient.to_dense()
+        gradients[i] = gradient
+    return gradients
+
+
+class Mean:
+    """Weighted means over batches of the loss and of its gradient.
+
+    Args:
+        block: the parameters.
+
+    Attributes:
+        weights: of the batches so far.
+        used: for each parameter, whether some batch's loss depends on it.
+    """
+
+    def __init__(self, block: ParameterBlock) -> None:
+        self._block = block
+        self._losses: list[Tensor] = []
+        self._gradient = torch.zeros(block.size, dtype=block.dtype, device=block.device)
+        self.weights: list[float] = []
+        self.used = [False] * len(block.tensors)
+
+    def add(self, evaluation: Evaluation, gradients: list[Tensor | None]) -> Tensor:
+        """Adds one batch and returns its flat detached gradient, shape (size,)."""
+        flat = self._block.flatten([None if g is None else g.detach() for g in gradients])
+        self._gradient.add_(flat, alpha=evaluation.weight)
+        self._losses.append(evaluation.loss.detach())
+        self.weights.append(evaluation.weight)
+        self.used = [used or g is not None for used, g in zip(self.used, gradients, strict=True)]
+        return flat
+
+    @property
+    def total(self) -> float:
+        """Sum of the weights."""
+        return sum(self.weights)
+
+    @property
+    def fractions(self) -> list[float]:
+        """The weights, summing to 1."""
+        return [weight / self.total for weight in self.weights]
+
+    @property
+    def gradient(self) -> Tensor:
+        """Weighted mean gradient, shape (size,)."""
+        return self._gradient / self.total
+
+    def loss(self) -> float:
+        """Weighted mean loss; all losses move to the host together.
+
+        Raises:
+            ValueError: one is NaN or infinite; the message says which batch.
+        """
+        values = torch.stack([loss.double().to(self._losses[0].device) for loss in self._losses]).tolist()
+        for index, value in enumerate(values):
+            if not abs(value) < float("inf"):
+                raise ValueError(f"the loss of batch {index} is {value}; its curvature means nothing")
+        return float(sum(f * value for f, value in zip(self.fractions, values, strict=True)))

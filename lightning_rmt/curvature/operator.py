@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from lightning_rmt.curvature.evaluation import differentiable
+from lightning_rmt.curvature.evaluation import Mean, differentiable
 from lightning_rmt.curvature.parameters import ParameterBlock
+
+_Operator = TypeVar("_Operator", bound="CurvatureOperator")
 
 
 class CurvatureOperator(ABC):
@@ -21,18 +23,18 @@ class CurvatureOperator(ABC):
         size: dimension n.
         device: of the vectors.
         dtype: of the vectors, float32 or float64.
-        samples: total weight of the batches; the number of samples unless the loss returned weights of its own.
+        samples: total weight of the batches; the number of samples unless the loss returned weights of its
+            own.
         loss_value: weighted mean loss over the batches.
         gradient: weighted mean gradient, shape (size,), detached.
-        unused: names of the parameters that the loss does not depend on: never used, or behind a reentrant activation
-            checkpoint, which hides them silently. Their rows and columns are zero. Frozen ones are not listed.
+        used: for each parameter of the block, whether the loss depends on it.
         products: operator-vector products taken so far.
     """
 
     samples: float
     loss_value: float
     gradient: Tensor
-    unused: tuple[str, ...]
+    used: tuple[bool, ...]
 
     def __init__(self, block: ParameterBlock) -> None:
         self.block = block
@@ -40,7 +42,21 @@ class CurvatureOperator(ABC):
         self.device = block.device
         self.dtype = block.dtype
         self.products = 0
-        self.released = False
+        self._released = False
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of the trainable parameters that the loss does not depend on.
+
+        They were never used, or they sit behind a reentrant activation checkpoint whose input needs no
+        gradient, which hides them from autograd without an error: worth a warning. Their rows and columns are
+        zero.
+        """
+        return tuple(
+            name
+            for name, p, used in zip(self.block.names, self.block.tensors, self.used, strict=True)
+            if p.requires_grad and not used
+        )
 
     def matmat(self, V: Tensor) -> Tensor:
         """Products with the rows of ``V``. Never waits for the device.
@@ -59,10 +75,8 @@ class CurvatureOperator(ABC):
             raise ValueError(f"V must have shape (k, {self.size}), got {tuple(V.shape)}")
         if V.dtype != self.dtype or V.device != self.device:
             raise ValueError(f"V must be {self.dtype} on {self.device}, got {V.dtype} on {V.device}")
-        if self.released:
-            raise RuntimeError(
-                f"this {type(self).__name__} was released: its graphs are gone; build a new one"
-            )
+        if self._released:
+            raise RuntimeError(f"this {type(self).__name__} was released: its graphs are gone; build a new one")
         with differentiable():  # a checkpoint recomputes its forward pass in here
             product = self._matmat(V.detach())
         self.products += V.shape[0]
@@ -79,10 +93,10 @@ class CurvatureOperator(ABC):
         """Products with the rows of a detached ``V`` of the right shape, dtype and device."""
 
     def release(self) -> None:
-        """Drops the graphs (and with them the memory of the activations); products are no longer possible."""
-        self.released = True
+        """Frees what products need, such as graphs with their activations; no product is possible after."""
+        self._released = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _Operator) -> _Operator:
         return self
 
     def __exit__(
@@ -93,6 +107,12 @@ class CurvatureOperator(ABC):
     ) -> None:
         self.release()
 
-    def zeros(self, k: int) -> Tensor:
-        """A (k, size) tensor of zeros in the operator's dtype, on its device."""
+    def _zeros(self, k: int) -> Tensor:
         return torch.zeros(k, self.size, dtype=self.dtype, device=self.device)
+
+    def _describe(self, mean: Mean) -> None:
+        """Takes over what the evaluation of the batches showed."""
+        self.loss_value = mean.loss()
+        self.gradient = mean.gradient
+        self.samples = mean.total
+        self.used = tuple(mean.used)

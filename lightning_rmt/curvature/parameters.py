@@ -20,14 +20,15 @@ class ParameterBlock:
     (``requires_grad=False``) keeps its place; its rows and columns of any curvature matrix are zero.
 
     Args:
-        parameters: tensors, or (name, tensor) pairs as ``module.named_parameters()`` yields them, or a mapping.
+        parameters: tensors, or (name, tensor) pairs as ``module.named_parameters()`` yields them, or a
+            mapping.
 
     Attributes:
         names: one name per tensor; ``"0"``, ``"1"``, ... where none was given.
         tensors: the live tensors themselves.
         size: total number of entries.
-        dtype: of flat vectors: float64 if any parameter is float64, else float32. Half precision parameters are
-            cast at the border, since Lanczos vectors need more than their 8 to 11 bits.
+        dtype: of flat vectors: float64 if any parameter is float64, else float32. Half precision parameters
+            are cast at the border, since Lanczos vectors need more than their 8 to 11 bits.
         device: of flat vectors: that of the first parameter.
 
     Raises:
@@ -61,13 +62,11 @@ class ParameterBlock:
         self.device: torch.device = self.tensors[0].device
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Cuts a flat vector of shape (size,) into one tensor per parameter, each in its shape, dtype and device."""
-        return [
-            part.view(p.shape).to(p) for part, p in zip(flat.split(self.sizes), self.tensors, strict=True)
-        ]
+        """Cuts a flat vector of shape (size,) into a tensor per parameter, in its shape, dtype and device."""
+        return [part.view(p.shape).to(p) for part, p in zip(flat.split(self.sizes), self.tensors, strict=True)]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Joins one tensor (or None, for zeros) per parameter into a new flat vector of shape (size,) in ``dtype``."""
+        """Joins a tensor (or None, for zeros) per parameter into a new vector of shape (size,)."""
         parts = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if tensor is None
@@ -84,7 +83,8 @@ def select_parameters(
 
     Args:
         named_parameters: what ``module.named_parameters()`` yields.
-        globs: shell patterns as in `fnmatch` (``"encoder.*"``, ``"*.weight"``; ``*`` also matches dots). None: all.
+        globs: shell patterns as in `fnmatch` (``"encoder.*"``, ``"*.weight"``; ``*`` also matches dots).
+            None: all.
 
     Returns:
         (name, tensor) pairs; frozen parameters are left out.
@@ -102,25 +102,21 @@ def select_parameters(
         if not matches:
             raise ValueError(f"the pattern {glob!r} matches no parameter; {_suggest(glob, names)}")
         if not any(p.requires_grad for p in matches):
-            raise ValueError(
-                f"the pattern {glob!r} matches only frozen parameters (requires_grad=False), which have no curvature"
-            )
+            raise ValueError(f"the pattern {glob!r} matches only frozen parameters (requires_grad=False)")
     selected: dict[int, tuple[str, Tensor]] = {}
     for name, p in named:
         if p.requires_grad and (globs is None or any(fnmatchcase(name, glob) for glob in globs)):
             selected.setdefault(id(p), (name, p))
     if not selected:
-        raise ValueError(
-            "no trainable parameters: every one has requires_grad=False or the list of patterns is empty"
-        )
+        raise ValueError("no trainable parameters: all have requires_grad=False, or the list of patterns is empty")
     return list(selected.values())
 
 
 def hooked_parameters(named_parameters: Parameters) -> tuple[str, ...]:
     """Names of the parameters with tensor hooks (``p.register_hook``).
 
-    Such a hook fires in both passes of a double backward: one that halves the gradient makes the product a quarter of
-    what it should be, and no error says so. Callers warn about them.
+    Such a hook fires in both passes of a double backward: one that halves the gradient makes the product a
+    quarter of what it should be, and no error says so. Callers warn about them.
     """
     return tuple(name for name, p in _named(named_parameters) if getattr(p, "_backward_hooks", None))
 
@@ -131,8 +127,8 @@ def _named(parameters: Parameters) -> list[tuple[str, Tensor]]:
     items = parameters.items() if isinstance(parameters, Mapping) else parameters
     if not isinstance(items, Iterable):
         raise TypeError(
-            f"parameters must be tensors, (name, tensor) pairs or a mapping, got {type(parameters).__name__}; "
-            "for a module pass module.named_parameters()"
+            "parameters must be tensors, (name, tensor) pairs or a mapping, got "
+            f"{type(parameters).__name__}; for a module pass module.named_parameters()"
         )
     named: list[tuple[str, Tensor]] = []
     for index, item in enumerate(items):
