@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal
-
 
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
@@ -133,6 +133,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._failures = 0
         self._off = False
         self._clock: float | None = None
+        self._capture_error: Exception | None = None
 
     @property
     def state_key(self) -> str:
@@ -177,8 +178,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             return
         try:
             self._collector.add(batch, batch_idx)
-        except Exception as error:
-            self._failed(trainer, error)
+        except Exception as error:  # told to the other ranks when the probe is due
+            self._capture_error = error
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Takes a probe if one is due after the optimizer step that was just made."""
@@ -243,48 +244,73 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         return int(trainer.accumulate_grad_batches)
 
     def _take(self, trainer: Any, pl_module: Any, step: int) -> None:
-        captured = self._collector.take()
+        captured, begin = self._collector.take(), time.perf_counter()
         try:
-            reading = self._probe(trainer, pl_module, captured, step)
-            self._failures = 0
-            self.reading = reading
-            self.history.append(HistoryEntry.from_reading(reading))
-            if trainer.is_global_zero and not trainer.fast_dev_run:
-                save_reading(reading, _log_dir(trainer))
-            self._report.log(trainer.loggers, reading, self.history)
+            measured, operator, samples = self._probe(trainer, pl_module, captured, step)
         except Exception as error:
-            self._failed(trainer, error)
-
-    def _probe(self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int) -> Reading:
-        """One reading, taken behind the fence on all ranks together."""
-        ranks = Ranks.of(trainer)
-        begin = time.perf_counter()
-        with fence(trainer, pl_module, seed=_mix(self.seed, step, ranks.rank), autocast=self.autocast), unsharded(pl_module):
-            operator = ranks.together(lambda: self._operator(pl_module, captured))
-            try:
-                shared = operator if ranks.group is None else RankSum(operator, ranks.group)
-                with probe_progress(trainer, self.name, self.probes * min(self.lanczos_steps, operator.size)) as on_step:
-                    measured = self._measure(ranks, shared, step, on_step)
-                notes = _notes(operator)
-            finally:
-                operator.release()
+            self._probe_failed(trainer, error)
+            return
+        self._failures = 0
         self._checked = True
-        return Reading(
+        self.reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
             spectrum=measured.spectrum,
             curvature=self.curvature,
             name=self.name,
             seconds=time.perf_counter() - begin,
-            samples=int(shared.samples),
-            parameters=tuple(operator.block.names),
+            samples=samples,
+            parameters=operator.block.names,
             learning_rate=_learning_rate(trainer),
             symmetry_error=None if measured.check is None else measured.check.symmetry,
             repeat_error=None if measured.check is None else measured.check.repeat,
-            notes=notes,
+            notes=_notes(operator),
         )
+        self.history.append(HistoryEntry.from_reading(self.reading))
+        if trainer.is_global_zero:
+            self._write(trainer, self.reading)
+
+    def _write(self, trainer: Any, reading: Reading) -> None:
+        """Saves and logs a reading. A failure here is this rank's alone and never turns the probes off."""
+        try:
+            if not trainer.fast_dev_run:
+                save_reading(reading, _log_dir(trainer))
+            self._report.log(trainer.loggers, reading, self.history)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            warnings.warn(
+                f"SpectrumMonitor {self.name!r} could not write its reading of step {reading.step}, the training is "
+                f"unaffected: {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
+
+    def _probe(
+        self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int
+    ) -> tuple[Measurement, CurvatureOperator, int]:
+        """The measurement, taken behind the fence on all ranks together or on none."""
+        ranks = Ranks.of(trainer)
+        with ExitStack() as stack:
+
+            def prepare() -> CurvatureOperator:
+                stack.enter_context(
+                    fence(trainer, pl_module, seed=_mix(self.seed, step, ranks.rank), autocast=self.autocast)
+                )
+                stack.enter_context(unsharded(pl_module))
+                operator = self._operator(pl_module, captured)
+                stack.callback(operator.release)
+                return operator
+
+            operator = ranks.together(prepare)
+            shared = operator if ranks.group is None else RankSum(operator, ranks.group)
+            products = self.probes * min(self.lanczos_steps, operator.size)
+            on_step = stack.enter_context(probe_progress(trainer, self.name, products))
+            return self._measure(ranks, shared, step, on_step), operator, int(shared.samples)
 
     def _operator(self, pl_module: Any, captured: list[CapturedBatch]) -> CurvatureOperator:
+        error, self._capture_error = self._capture_error, None
+        if error is not None:
+            raise error
         if not captured:
             raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
         return build_operator(
@@ -317,9 +343,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
 
         return ranks.together(run)
 
-    def _failed(self, trainer: Any, error: Exception) -> None:
+    def _probe_failed(self, trainer: Any, error: Exception) -> None:
         """Warns or raises; turns the monitor off after repeated failures."""
-        self._collector.take()
         if self.on_error == "raise" or isinstance(error, MisconfigurationException):
             raise error
         self._failures += 1
@@ -404,5 +429,3 @@ def _validate(
         raise ValueError(f"seed must not be negative, got {seed}")
     if not name or name.startswith("/") or ".." in name.split("/"):
         raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
-
-

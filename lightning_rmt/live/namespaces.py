@@ -34,7 +34,9 @@ def callback_bases() -> tuple[type, ...]:
     return bases
 
 
-_misconfiguration = [_installed(f"{fabric}.utilities.exceptions", "MisconfigurationException") for _, fabric in _NAMESPACES]
+_misconfiguration = [
+    _installed(f"{fabric}.utilities.exceptions", "MisconfigurationException") for _, fabric in _NAMESPACES
+]
 
 
 class MisconfigurationException(*[base for base in _misconfiguration if base is not None]):  # type: ignore[misc]

@@ -92,14 +92,18 @@ def _finite_differences(loss: Any, chosen: Any, captured: Sequence[CapturedBatch
     return operator
 
 
-def _gauss_newton(module: Any, chosen: Any, captured: Sequence[CapturedBatch], outputs_fn: OutputsFn | None) -> GaussNewton:
+def _gauss_newton(
+    module: Any, chosen: Any, captured: Sequence[CapturedBatch], outputs_fn: OutputsFn | None
+) -> GaussNewton:
     losses: dict[int, Tensor] = {}
 
     def outputs(batch: CapturedBatch) -> Tensor:
         copied = copy_batch(batch.batch)
         found = outputs_fn(module, copied) if outputs_fn is not None else module.curvature_outputs(copied)
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)):
-            raise TypeError("curvature_outputs must return (outputs, loss), the loss a scalar tensor computed from outputs")
+            raise TypeError(
+                "curvature_outputs must return (outputs, loss), the loss a scalar tensor computed from outputs"
+            )
         losses[id(batch)] = found[1]
         return found[0]
 

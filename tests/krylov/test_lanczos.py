@@ -150,7 +150,9 @@ def test_scale_covariance(factor):
     one, scaled = run(Diagonal(values), 40), run(Diagonal(values * factor), 40)
     np.testing.assert_allclose(np.sort(scaled.nodes / factor)[-10:], one.nodes[-10:], rtol=1e-12)
     for k in range(1, 4):
-        np.testing.assert_allclose(scaled.weights @ (scaled.nodes / factor) ** k, one.weights @ one.nodes**k, rtol=1e-10)
+        np.testing.assert_allclose(
+            scaled.weights @ (scaled.nodes / factor) ** k, one.weights @ one.nodes**k, rtol=1e-10
+        )
 
 
 class CountSynchronisations(TorchDispatchMode):

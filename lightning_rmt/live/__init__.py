@@ -1,0 +1,1 @@
+"""Everything that touches the running LightningModule: the fence, its loss, its batches, the ranks, the schedule."""
