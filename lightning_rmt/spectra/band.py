@@ -1,0 +1,115 @@
+"""Rigorous bounds on the distribution function: the Chebyshev-Markov-Stieltjes inequalities.
+
+Among all measures with the moments that a run has measured, the mass to the left of x lies between the two sums of the
+quadrature that has x as a node (Akhiezer 1965, section 2.5; Golub and Meurant 2010, section 6.2 for the quadrature with a prescribed node).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_rmt.krylov.tridiagonal import Tridiagonal
+from lightning_rmt.spectra.quadrature import Quadrature
+
+
+def stieltjes_bounds(run: Tridiagonal, x: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bounds on the mass that one run's start vector sees at or below x.
+
+    Args:
+        run: a run of m steps.
+        x: points, any shape.
+
+    Returns:
+        Lower and upper bound, each of x's shape. No assumption but the run's coefficients enters.
+    """
+    points = np.asarray(x, dtype=np.float64)
+    flat = points.ravel()
+    m, beta = run.steps, float(run.beta[-1])
+    if beta == 0.0:
+        # The quadrature is the measure.
+        exact = np.concatenate([[0.0], np.cumsum(run.weights)])[np.searchsorted(run.nodes, flat, side="right")]
+        return exact.reshape(points.shape), exact.reshape(points.shape)
+    # The last diagonal entry that makes x an eigenvalue: x + beta^2 e_m' (T - x)^-1 e_m. At a node of T it is infinite.
+    last = run.residuals**2
+    distance = run.nodes[None, :] - flat[:, None]
+    tiny = 1e-14 * max(float(np.abs(run.nodes).max()), float(np.abs(flat).max(initial=0.0)))
+    distance = np.where(np.abs(distance) < tiny, np.where(distance < 0, -tiny, tiny), distance)
+    limit = 1e6 * max(float(np.abs(run.nodes).max()), beta)
+    entry = flat + np.clip((last / distance).sum(axis=1), -limit, limit)
+
+    matrix = np.zeros((flat.size, m + 1, m + 1))
+    inner = np.arange(m)
+    matrix[:, inner, inner] = run.alpha
+    matrix[:, m, m] = entry
+    matrix[:, inner, inner + 1] = matrix[:, inner + 1, inner] = run.beta
+    nodes, vectors = np.linalg.eigh(matrix)
+    upto = np.cumsum(vectors[:, 0, :] ** 2, axis=1)
+    own = np.argmin(np.abs(nodes - flat[:, None]), axis=1)
+    rows = np.arange(flat.size)
+    upper = upto[rows, own]
+    lower = upper - vectors[rows, 0, own] ** 2
+    return lower.clip(0, 1).reshape(points.shape), upper.clip(0, 1).reshape(points.shape)
+
+
+def cdf_bounds(
+    runs: tuple[Tridiagonal, ...], quadrature: Quadrature, x: ArrayLike, z: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bounds on the share of eigenvalues at or below x.
+
+    Beyond the cuts of the exact levels the share is known. Between them the bounds of each probe are averaged and widened
+    by ``z`` standard errors of a probe's mass, ``sqrt(2 F (1 - F) / (b + 2) / probes)`` for the b eigenvalues that
+    are not known exactly.
+
+    Args:
+        runs: the probes.
+        quadrature: the measure with its exact levels.
+        x: points, any shape.
+        z: standard errors of sampling; 0 leaves the bare inequalities.
+    """
+    points = np.asarray(x, dtype=np.float64)
+    n, rest = quadrature.size, quadrature.rest_size
+    known = np.searchsorted(quadrature.levels, points, side="right") / n
+    above = points >= quadrature.high_cut
+    known = np.where(above, (known * n + rest) / n, known)
+    inside = (points > quadrature.low_cut) & ~above
+    lower, upper = known.copy(), known.copy()
+    used = [(run, part) for run, part in zip(runs, quadrature.rests, strict=True) if part.nodes.size]
+    if not inside.any() or not used:
+        return lower, upper
+    low_sum, high_sum = np.zeros(int(inside.sum())), np.zeros(int(inside.sum()))
+    for run, part in used:
+        low, high = stieltjes_bounds(run, points[inside])
+        mass = 1 - part.below - part.above
+        low_sum += ((low - part.below) / mass).clip(0, 1)
+        high_sum += ((high - part.below) / mass).clip(0, 1)
+    low, high = low_sum / len(used), high_sum / len(used)
+    worst = np.clip(0.5, low, high)
+    widen = z * np.sqrt(2 * worst * (1 - worst) / (rest + 2) / len(used))
+    below = quadrature.low.size
+    lower[inside] = (below + rest * (low - widen).clip(0, 1)) / n
+    upper[inside] = (below + rest * (high + widen).clip(0, 1)) / n
+    return lower, upper
+
+
+def quantile_bounds(runs: tuple[Tridiagonal, ...], quadrature: Quadrature, p: float, z: float) -> tuple[float, float]:
+    """Interval that holds the p-quantile: where the upper and the lower bound on the distribution function reach p."""
+    ends = [run.nodes for run in runs]
+    start = min(float(nodes[0]) for nodes in ends)
+    stop = max(float(nodes[-1]) for nodes in ends)
+
+    def crossing(bound: int) -> float:
+        left, right = start, stop
+        for _ in range(math.ceil(math.log(1e10) / math.log(16))):
+            grid = np.linspace(left, right, 17)
+            reached = np.flatnonzero(cdf_bounds(runs, quadrature, grid, z)[bound] >= p)
+            if reached.size == 0:
+                return stop
+            if reached[0] == 0:
+                return float(grid[0])
+            left, right = float(grid[reached[0] - 1]), float(grid[reached[0]])
+        return right if bound == 0 else left
+
+    return crossing(1), crossing(0)

@@ -1,0 +1,187 @@
+"""Which Ritz values are eigenvalues: residuals, resolved prefixes, certificates.
+
+Two notions, both read from the ends of the spectrum inwards, because Lanczos converges from the ends:
+
+* *resolved*: the residual is at most a tenth of the distance to the neighbouring Ritz values. Enough to count levels and
+  to know their quadrature weights.
+* *certified*: resolved, and the Kato-Temple bound ``residual^2 / gap`` is below 1e-9 of the value (or below the rounding
+  of the product where that is coarser). Enough to quote the value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_rmt.krylov.tridiagonal import Tridiagonal
+
+#: A level is resolved when its residual is at most this share of the distance to its neighbours.
+RESOLVED_SHARE = 0.1
+#: Largest relative error that a certificate allows the Lanczos iteration (rounding of the product comes on top).
+CERTIFIED_ERROR = 1e-9
+#: Values below this share of the largest are never certified: float64 products round at about 4e-15 of the largest, which
+#: is 4e-9 of such a value.
+CERTIFIED_FLOOR = 1e-6
+#: A simple eigenvalue's weight times n is chi-squared with one degree of freedom: above 16 with probability 6e-5.
+SIMPLE_WEIGHT = 16.0
+
+
+@dataclass(frozen=True)
+class Level:
+    """An outermost Ritz value and how well it is known.
+
+    Attributes:
+        value: in the operator's units.
+        residual: an eigenvalue lies within this of ``value``: ``|H y - theta y|`` plus the rounding of the product.
+        certified: the Lanczos error is at most 1e-9 of the value (the product's own rounding where that is more), by the
+            Kato-Temple bound.
+    """
+
+    value: float
+    residual: float
+    certified: bool
+
+
+def noise_floor(noise: float) -> float:
+    """Share of the largest eigenvalue below which a value is not told from zero: 1e-5 for float32, 1e-10 for float64."""
+    return max(1e-10, 4 * noise)
+
+
+@dataclass(frozen=True, eq=False)
+class RitzLevels:
+    """Distinct Ritz values of one run, ascending, with what is known of each.
+
+    Attributes:
+        values: shape (k,), float64. Copies of one eigenvalue, as far as rounding can tell, are one entry.
+        residuals: shape (k,), ``|H y - theta y|`` plus the rounding of the product.
+        errors: shape (k,), a-posteriori error bounds of the iteration alone (Kato-Temple, without the rounding).
+        weights: shape (k,), quadrature weights, summed over copies.
+        copies: shape (k,), how many Ritz values were merged.
+        resolved_high: number of resolved levels from the largest value down.
+        resolved_low: number of resolved levels from the smallest value up.
+        scale: largest magnitude.
+        noise: relative rounding error of a product.
+        complete: every eigenvalue that the start vector sees is here (an exhausted run, or exact levels).
+        steps: Lanczos steps, or None for exact levels.
+    """
+
+    values: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    copies: NDArray[np.intp]
+    resolved_high: int
+    resolved_low: int
+    scale: float
+    noise: float
+    complete: bool
+    steps: int | None
+
+    @property
+    def floor(self) -> float:
+        """Magnitude below which a value is not told from zero, in the operator's units."""
+        return noise_floor(self.noise) * self.scale
+
+    def certified(self) -> NDArray[np.bool_]:
+        """Which levels are certified, shape (k,); a value at the noise floor never is."""
+        index = np.arange(self.values.size)
+        resolved = (index < self.resolved_low) | (index >= self.values.size - self.resolved_high)
+        magnitude = np.abs(self.values)
+        exact = self.errors <= max(CERTIFIED_ERROR, self.noise) * magnitude
+        return resolved & exact & (magnitude > max(CERTIFIED_FLOOR * self.scale, self.floor))
+
+    def level(self, index: int) -> Level:
+        """One entry as a `Level`; negative indices count from the largest value."""
+        return Level(float(self.values[index]), float(self.residuals[index]), bool(self.certified()[index]))
+
+    def mirrored(self) -> RitzLevels:
+        """The levels of ``-H``."""
+        return RitzLevels(
+            values=-self.values[::-1],
+            residuals=self.residuals[::-1],
+            errors=self.errors[::-1],
+            weights=self.weights[::-1],
+            copies=self.copies[::-1],
+            resolved_high=self.resolved_low,
+            resolved_low=self.resolved_high,
+            scale=self.scale,
+            noise=self.noise,
+            complete=self.complete,
+            steps=self.steps,
+        )
+
+
+def ritz_levels(run: Tridiagonal, noise: float) -> RitzLevels:
+    """Distinct Ritz values of a run.
+
+    Args:
+        run: a finished Lanczos run.
+        noise: relative rounding error of a product (4.4e-15 for float64, 2.4e-6 for float32).
+    """
+    scale = float(np.abs(run.nodes).max())
+    # A last coefficient at the level of rounding is a breakdown that the run was too noisy to notice.
+    complete = run.exhausted or float(run.beta[-1]) <= noise * scale
+    residuals = np.zeros(run.steps) if complete else run.residuals
+    return _distinct(run.nodes, residuals, run.weights, noise, complete, run.steps)
+
+
+def exact_levels(eigenvalues: ArrayLike, noise: float = 20 * np.finfo(np.float64).eps) -> RitzLevels:
+    """Exact eigenvalues (all of them, in any order) in the form that the rules read, so that one rule judges both."""
+    values = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
+    if values.size == 0 or not np.isfinite(values).all():
+        raise ValueError("expected a non-empty vector of finite eigenvalues")
+    weights = np.full(values.size, 1 / values.size)
+    return _distinct(values, np.zeros(values.size), weights, noise, True, None)
+
+
+def _distinct(
+    values: NDArray[np.float64],
+    residuals: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    noise: float,
+    complete: bool,
+    steps: int | None,
+) -> RitzLevels:
+    scale = float(np.abs(values).max())
+    rounding = noise * scale
+    # Two converged values within rounding of each other are one eigenvalue: a ghost, or a copy of a degenerate one.
+    converged = residuals <= 10 * rounding
+    same = converged[1:] & converged[:-1] & (np.diff(values) <= 10 * rounding)
+    first = np.flatnonzero(np.concatenate([[True], ~same]))
+    copies = np.diff(np.append(first, values.size))
+    weights = np.add.reduceat(weights, first)
+    # The heaviest copy would be the best value; they differ by rounding only, so take the first.
+    values, raw = values[first], residuals[first]
+    gaps = np.diff(values)
+    room = _nearest(gaps, gaps)
+    clear = _nearest(gaps - raw[:-1], gaps - raw[1:])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        temple = np.where(clear > 0, raw**2 / clear, np.inf)
+    total = raw + rounding
+    resolved = (total <= RESOLVED_SHARE * room) | (complete & (room > 0))
+    return RitzLevels(
+        values=values,
+        residuals=total,
+        errors=np.minimum(raw, np.where(raw > 0, temple, 0.0)),
+        weights=weights,
+        copies=copies,
+        resolved_high=_prefix(resolved[::-1]),
+        resolved_low=_prefix(resolved),
+        scale=scale,
+        noise=noise,
+        complete=complete,
+        steps=steps,
+    )
+
+
+def _nearest(to_lower: NDArray[np.float64], to_upper: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Smaller of the distances to the two neighbours; infinite towards the outside."""
+    outside = np.array([np.inf])
+    return np.minimum(np.concatenate([outside, to_lower]), np.concatenate([to_upper, outside]))
+
+
+def _prefix(flags: NDArray[np.bool_]) -> int:
+    """Length of the leading run of True."""
+    return int(flags.size if flags.all() else np.argmin(flags))

@@ -1,0 +1,128 @@
+"""Moments of the spectral measure with their sampling errors: trace, Frobenius norm, free cumulants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_rmt.spectra.quadrature import Quadrature
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its standard error, both in the number's own units."""
+
+    mean: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class FreeCumulants:
+    """Free cumulants of the bulk, the outliers removed, each with its standard error.
+
+    Attributes:
+        k1: mean.
+        k2: variance.
+        k3: third free cumulant, zero for a semicircle.
+        k4: fourth free cumulant, zero for a semicircle.
+        skew: ``k3 / k2^1.5``; sqrt(c) for a Marchenko-Pastur law of ratio c.
+        kurtosis: ``k4 / k2^2``; c for a Marchenko-Pastur law of ratio c.
+        removed: number of outliers taken out.
+    """
+
+    k1: Estimate
+    k2: Estimate
+    k3: Estimate
+    k4: Estimate
+    skew: Estimate
+    kurtosis: Estimate
+    removed: int
+
+
+def raw_moments(
+    quadrature: Quadrature, orders: Sequence[int], drop: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Moments ``(1/n) sum lambda^k`` and the covariance of their sampling errors.
+
+    The exact levels carry no error. On the rest, of ``b`` eigenvalues, a Gaussian start vector is uniform on the sphere,
+    so that ``cov(m_j, m_k) = 2/(b + 2) (m_{j+k} - m_j m_k)`` there, which the same run estimates.
+
+    Args:
+        quadrature: the measure.
+        orders: exponents.
+        drop: exact levels to leave out (the measure is then that of the others).
+
+    Returns:
+        Means, shape (len(orders),), and covariance, shape (len(orders), len(orders)), of the average over the probes.
+    """
+    orders = list(orders)
+    levels = quadrature.levels
+    if drop is not None and drop.size:
+        levels = levels[~np.isin(levels, drop)]
+    rest_size = quadrature.rest_size
+    size = levels.size + rest_size
+    if size == 0:
+        return np.zeros(len(orders)), np.zeros((len(orders), len(orders)))
+    share = rest_size / size
+    rests = [rest for rest in quadrature.rests if rest.nodes.size]
+
+    def rest_moment(order: int) -> float:
+        return float(np.mean([rest.weights @ rest.nodes**order for rest in rests])) if rests else 0.0
+
+    rest_means = np.array([rest_moment(order) for order in orders])
+    mixed = np.array([[rest_moment(j + k) for k in orders] for j in orders])
+    means = np.array([np.sum(levels**order) / size for order in orders]) + share * rest_means
+    spread = mixed - np.outer(rest_means, rest_means)
+    covariance = share**2 * 2 / (rest_size + 2) * spread / max(len(rests), 1)
+    return means, covariance
+
+
+def trace_estimate(quadrature: Quadrature) -> Estimate:
+    """Trace of the operator."""
+    means, covariance = raw_moments(quadrature, [1])
+    return Estimate(quadrature.size * float(means[0]), quadrature.size * _root(covariance[0, 0]))
+
+
+def frobenius_estimate(quadrature: Quadrature) -> Estimate:
+    """Frobenius norm of the operator; its error by the delta method from that of the squared norm."""
+    means, covariance = raw_moments(quadrature, [2])
+    norm = math.sqrt(quadrature.size * max(float(means[0]), 0.0))
+    squared_error = quadrature.size * _root(covariance[0, 0])
+    return Estimate(norm, squared_error / (2 * norm) if norm > 0 else 0.0)
+
+
+def free_cumulants(quadrature: Quadrature, outliers: NDArray[np.float64]) -> FreeCumulants:
+    """Free cumulants of what is left without the outliers (Nica and Speicher 2006, lecture 11), errors by the delta method.
+
+    Args:
+        quadrature: the measure.
+        outliers: exact levels to remove.
+    """
+    (m1, m2, m3, m4), covariance = raw_moments(quadrature, [1, 2, 3, 4], drop=outliers)
+    k2 = m2 - m1**2
+    k3 = m3 - 3 * m1 * m2 + 2 * m1**3
+    k4 = m4 - 4 * m1 * m3 - 2 * m2**2 + 10 * m1**2 * m2 - 5 * m1**4
+    d1 = np.array([1.0, 0.0, 0.0, 0.0])
+    d2 = np.array([-2 * m1, 1.0, 0.0, 0.0])
+    d3 = np.array([-3 * m2 + 6 * m1**2, -3 * m1, 1.0, 0.0])
+    d4 = np.array([-4 * m3 + 20 * m1 * m2 - 20 * m1**3, -4 * m2 + 10 * m1**2, -4 * m1, 1.0])
+
+    def estimate(value: float, gradient: NDArray[np.float64]) -> Estimate:
+        return Estimate(float(value), _root(gradient @ covariance @ gradient))
+
+    if k2 > 0:
+        skew = estimate(k3 / k2**1.5, d3 / k2**1.5 - 1.5 * k3 / k2**2.5 * d2)
+        kurtosis = estimate(k4 / k2**2, d4 / k2**2 - 2 * k4 / k2**3 * d2)
+    else:
+        skew = kurtosis = Estimate(math.nan, math.nan)
+    return FreeCumulants(
+        estimate(m1, d1), estimate(k2, d2), estimate(k3, d3), estimate(k4, d4), skew, kurtosis, int(outliers.size)
+    )
+
+
+def _root(variance: float) -> float:
+    return math.sqrt(max(float(variance), 0.0))
