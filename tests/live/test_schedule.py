@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightning_rmt.live.schedule import STEPS_TO_MEASURE, Schedule
+
+
+def probes(schedule, steps, accumulate=1):
+    return [step for step in range(steps) if schedule.due(step, accumulate)]
+
+
+def collected(schedule, steps, accumulate=1):
+    return [step for step in range(steps) if schedule.collects(step, accumulate)]
+
+
+def test_every_n_steps_starts_at_zero():
+    assert probes(Schedule(10, 0.05, 1), 35) == [0, 10, 20, 30]
+    assert collected(Schedule(10, 0.05, 1), 35) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "window", "due"),
+    [(4, 1, [0, 1, 2, 3, 10, 11, 12, 13], [3, 13]), (4, 2, [0, 1, 10, 11], [1, 11]), (3, 4, [0, 10], [0, 10])],
+)
+def test_batches_are_collected_over_the_steps_before_the_probe(batches, accumulate, window, due):
+    schedule = Schedule(10, 0.05, batches)
+    assert collected(schedule, 20, accumulate) == window
+    assert probes(schedule, 20, accumulate) == due
+
+
+def simulate(schedule, steps, step_seconds, probe_seconds):
+    """Runs a training with constant costs; returns the steps probed and the measured overhead."""
+    probed = []
+    for step in range(steps):
+        schedule.stepped(step_seconds)
+        if schedule.due(step, 1):
+            probed.append(step)
+            schedule.probed(step, probe_seconds)
+        elif schedule.undecided(step):
+            schedule.set_next(schedule.decide(step))
+    return probed, schedule.overhead
+
+
+@pytest.mark.parametrize("max_overhead", [0.02, 0.05, 0.5])
+def test_budget_is_kept_and_used(max_overhead):
+    probed, overhead = simulate(Schedule(None, max_overhead, 1), 40_000, 0.01, 0.8)
+    assert probed[0] == 0
+    assert probed[1] == pytest.approx(0.8 / (0.01 * max_overhead), abs=2)
+    assert overhead == pytest.approx(max_overhead, rel=0.1)
+
+
+def test_budget_never_probes_before_it_has_measured():
+    probed, _ = simulate(Schedule(None, 1.0, 1), 100, 1.0, 1e-9)
+    assert all(b - a > STEPS_TO_MEASURE for a, b in zip(probed[:-1], probed[1:], strict=True))
+
+
+def test_one_slow_step_does_not_spoil_the_decision():
+    schedule = Schedule(None, 0.05, 1)
+    schedule.probed(0, 1.0)
+    for seconds in [5.0] + [0.01] * (STEPS_TO_MEASURE - 1):  # the first step waits for data
+        schedule.stepped(seconds)
+    assert schedule.decide(STEPS_TO_MEASURE) == 2000
+
+
+def test_state_is_plain_and_carries_the_budget_over_a_resume():
+    one = Schedule(None, 0.05, 1)
+    simulate(one, 500, 0.01, 0.1)
+    state = json.loads(json.dumps(one.state_dict()))
+    other = Schedule(None, 0.05, 1)
+    other.load_state_dict(state)
+    assert other.state_dict() == one.state_dict()
+    assert probes(other, 5000)[:1] == probes(one, 5000)[:1]
