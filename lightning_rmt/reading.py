@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -60,15 +61,10 @@ class Reading:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: the file is not a saved reading (a bare spectrum has no reading in it).
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or is not a saved reading (a bare spectrum has no reading in it).
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = dict(archive)
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{path} is not a saved reading: {error}") from error
+        arrays = read_arrays(path)
         if "reading" not in arrays:
             raise ValueError(f"{path} holds no reading; Spectrum.load may read it")
         meta: dict[str, Any] = json.loads(str(arrays.pop("reading")))
