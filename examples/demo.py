@@ -1,6 +1,6 @@
 """Watch the curvature of a small convolutional net (BatchNorm, Dropout) while it learns scikit-learn's digits.
 
-    python examples/demo.py [--epochs 60] [--output demo_output]
+    python examples/demo.py [--epochs 250] [--output demo_output]
 
 One line of it is about the monitor: ``callbacks=[SpectrumMonitor()]``.
 """
@@ -16,7 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_rmt import SpectrumMonitor
 from lightning_rmt.__main__ import main as lightning_rmt
@@ -41,15 +41,26 @@ class DigitsNet(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
-def digits() -> DataLoader:
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
-    return DataLoader(TensorDataset(images, torch.tensor(data.target)), batch_size=256, shuffle=True)
+class ShiftedDigits(Dataset):
+    """scikit-learn's 8 x 8 digits, shifted by up to one pixel and with a little noise, anew every time."""
+
+    def __init__(self) -> None:
+        data = load_digits()
+        self.images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
+        self.labels = torch.tensor(data.target)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        down, right = torch.randint(-1, 2, (2,)).tolist()
+        image = torch.roll(self.images[index], (down, right), (1, 2))
+        return image + 0.2 * torch.randn(image.shape), self.labels[index]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=250)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -65,7 +76,7 @@ def main() -> None:
         enable_model_summary=False,
         callbacks=[SpectrumMonitor()],
     )
-    trainer.fit(DigitsNet(), digits())
+    trainer.fit(DigitsNet(), DataLoader(ShiftedDigits(), batch_size=64, shuffle=True))
 
     print()
     lightning_rmt(["plot", trainer.log_dir, "--output", str(args.output)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -133,6 +134,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._failures = 0
         self._off = False
         self._clock: float | None = None
+        self._total_steps = math.inf
         self._capture_error: Exception | None = None
 
     @property
@@ -170,6 +172,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 f"{self._schedule.batches} curvature batches don't fit into {every} steps of "
                 f"{trainer.accumulate_grad_batches} batches: make every_n_steps larger or batches smaller"
             )
+        self._total_steps = _total_steps(trainer)
         self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -193,7 +196,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             self._take(trainer, pl_module, step)
             self._schedule.probed(step, time.perf_counter() - now)
         elif self._schedule.undecided(step):
-            self._schedule.set_next(Ranks.of(trainer).from_first(self._schedule.decide(step)))
+            self._schedule.set_next(Ranks.of(trainer).from_first(self._schedule.decide(step, self._total_steps)))
         self._clock = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -361,6 +364,13 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
 def _step(trainer: Any) -> int:
     """The loggers' step axis, as LearningRateMonitor uses it: batches after which an optimizer stepped."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _total_steps(trainer: Any) -> float:
+    """Steps of the whole training; infinity where neither max_epochs nor max_steps says so."""
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        return math.inf
+    return float(trainer.estimated_stepping_batches)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 # Steps after a probe before the next one is decided on: enough for a median step time that a slow first step can't spoil.
 STEPS_TO_MEASURE = 10
+NEVER = 2**62
 
 
 class Schedule:
@@ -17,8 +18,8 @@ class Schedule:
     A probe that wants several batches collects them over the steps before it: the window opens at a multiple of
     ``every_n_steps`` and the probe is taken at its end. In that mode the answer depends on the step's number alone, so a
     resumed run probes where the uninterrupted one would have. With ``every_n_steps=None`` the first window opens at step
-    0; the next one opens when the probe that was just taken costs less than ``max_overhead`` of the training time since.
-    That needs a clock, so it is decided by one rank (`decide`) and told to the others.
+    0, and the next ones as the budget allows. That needs a clock, so it is decided by one rank (`decide`) and told to the
+    others.
 
     Steps are counted as Lightning's loggers count them: batches after which an optimizer stepped, whatever the
     accumulation and the number of optimizers.
@@ -78,12 +79,35 @@ class Schedule:
             return False
         return step >= self._last_probe + STEPS_TO_MEASURE
 
-    def decide(self, step: int) -> int:
-        """The step at which the next window opens, from this rank's clock."""
+    def decide(self, step: int, total_steps: float) -> int:
+        """The step at which the next window opens, from this rank's clock.
+
+        Where the training's length is known, the probes that its whole time pays for are spread evenly in the square root
+        of the step: the curvature changes fastest at the beginning, so early probes borrow from later ones, and the share
+        is kept at the end of the training rather than at every moment of it. Without a known end they are spread evenly.
+
+        Args:
+            step: now.
+            total_steps: steps that the whole training takes, infinity if that isn't known.
+        """
         if self._last_probe is None or not self._step_seconds:
             return step + 1
-        distance = self._last_cost / (self.max_overhead * max(statistics.median(self._step_seconds), 1e-9))
-        return max(step + 1, self._last_probe + math.ceil(distance))
+        step_seconds = max(statistics.median(self._step_seconds), 1e-9)
+        cost = max(self._last_cost, 1e-9)
+        if total_steps <= step or math.isinf(total_steps):
+            following = self._last_probe + cost / (self.max_overhead * step_seconds)
+        else:
+            budget = self.max_overhead * (self.training_seconds + (total_steps - step) * step_seconds)
+            affordable = math.floor((budget - self.probe_seconds) / cost)
+            if affordable < 1:
+                return NEVER
+            position = math.sqrt(self._last_probe / total_steps)
+            following = total_steps * (position + (1.0 - position) / affordable) ** 2
+            if following > total_steps - self.batches:  # the last one comes just before the end
+                following = total_steps - self.batches
+                if following <= step:
+                    return NEVER
+        return max(step + 1, math.ceil(following))
 
     def set_next(self, step: int) -> None:
         """Takes over the decision of the deciding rank."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -30,16 +31,17 @@ def test_batches_are_collected_over_the_steps_before_the_probe(batches, accumula
     assert probes(schedule, 20, accumulate) == due
 
 
-def simulate(schedule, steps, step_seconds, probe_seconds):
+def simulate(schedule, steps, step_seconds, probe_seconds, total=math.inf):
     """Runs a training with constant costs; returns the steps probed and the measured overhead."""
     probed = []
     for step in range(steps):
+        schedule.collects(step, 1)
         schedule.stepped(step_seconds)
         if schedule.due(step, 1):
             probed.append(step)
             schedule.probed(step, probe_seconds)
         elif schedule.undecided(step):
-            schedule.set_next(schedule.decide(step))
+            schedule.set_next(schedule.decide(step, total))
     return probed, schedule.overhead
 
 
@@ -49,6 +51,23 @@ def test_budget_is_kept_and_used(max_overhead):
     assert probed[0] == 0
     assert probed[1] == pytest.approx(0.8 / (0.01 * max_overhead), abs=2)
     assert overhead == pytest.approx(max_overhead, rel=0.1)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_known_length_spreads_the_same_budget_with_more_at_the_beginning(batches):
+    steps = 10_000
+    probed, overhead = simulate(Schedule(None, 0.05, batches), steps, 0.01, 0.5, total=steps)
+    assert overhead == pytest.approx(0.05, rel=0.1)
+    assert len(probed) == pytest.approx(10, abs=1)
+    distances = [b - a for a, b in zip(probed[:-1], probed[1:], strict=True)]
+    assert distances == sorted(distances)
+    assert distances[0] < steps / 50
+    assert probed[-1] == steps - 1
+
+
+def test_a_training_too_short_for_a_second_probe_gets_one():
+    probed, _ = simulate(Schedule(None, 0.05, 1), 100, 0.01, 0.5, total=100)
+    assert probed == [0]
 
 
 def test_budget_never_probes_before_it_has_measured():
@@ -61,7 +80,7 @@ def test_one_slow_step_does_not_spoil_the_decision():
     schedule.probed(0, 1.0)
     for seconds in [5.0] + [0.01] * (STEPS_TO_MEASURE - 1):  # the first step waits for data
         schedule.stepped(seconds)
-    assert schedule.decide(STEPS_TO_MEASURE) == 2000
+    assert schedule.decide(STEPS_TO_MEASURE, math.inf) == 2000
 
 
 def test_state_is_plain_and_carries_the_budget_over_a_resume():
