@@ -1,6 +1,6 @@
 """Watch the curvature of a small convolutional net (BatchNorm, Dropout) while it learns scikit-learn's digits.
 
-    python examples/demo.py [--epochs 250] [--output demo_output]
+    python examples/demo.py [--epochs 500] [--output demo_output]
 
 One line of it is about the monitor: ``callbacks=[SpectrumMonitor()]``.
 """
@@ -60,7 +60,7 @@ class ShiftedDigits(Dataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=250)
+    parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -193,8 +193,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         if self._clock is not None:
             self._schedule.stepped(now - self._clock)
         if self._schedule.due(step, self._accumulate(trainer)):
-            self._take(trainer, pl_module, step)
-            self._schedule.probed(step, time.perf_counter() - now)
+            recurring = self._take(trainer, pl_module, step)
+            self._schedule.probed(step, time.perf_counter() - now, recurring)
         elif self._schedule.undecided(step):
             self._schedule.set_next(Ranks.of(trainer).from_first(self._schedule.decide(step, self._total_steps)))
         self._clock = time.perf_counter()
@@ -246,13 +246,14 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             return max(len(self._collector), self._schedule.batches)
         return int(trainer.accumulate_grad_batches)
 
-    def _take(self, trainer: Any, pl_module: Any, step: int) -> None:
+    def _take(self, trainer: Any, pl_module: Any, step: int) -> float | None:
+        """Takes a reading and writes it; returns its seconds, None if it failed."""
         captured, begin = self._collector.take(), time.perf_counter()
         try:
             measured, operator, samples = self._probe(trainer, pl_module, captured, step)
         except Exception as error:
             self._probe_failed(trainer, error)
-            return
+            return None
         self._failures = 0
         self._checked = True
         self.reading = Reading(
@@ -272,6 +273,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.history.append(HistoryEntry.from_reading(self.reading))
         if trainer.is_global_zero:
             self._write(trainer, self.reading)
+        return self.reading.seconds
 
     def _write(self, trainer: Any, reading: Reading) -> None:
         """Saves and logs a reading. A failure here is this rank's alone and never turns the probes off."""

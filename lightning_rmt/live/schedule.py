@@ -67,10 +67,16 @@ class Schedule:
         self.training_seconds += seconds
         self._step_seconds.append(seconds)
 
-    def probed(self, step: int, seconds: float) -> None:
-        """Notes that a probe was taken (or tried) after this step, and what it cost."""
+    def probed(self, step: int, seconds: float, recurring: float | None = None) -> None:
+        """Notes that a probe was taken (or tried) after this step.
+
+        Args:
+            step: the step.
+            seconds: what it cost in all, with drawing and logging.
+            recurring: what the next one will cost: without the imports of the first and the figures of some.
+        """
         self.probe_seconds += seconds
-        self._last_probe, self._last_cost, self._next = step, seconds, None
+        self._last_probe, self._last_cost, self._next = step, seconds if recurring is None else recurring, None
         self._step_seconds.clear()
 
     def undecided(self, step: int) -> bool:
