@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,7 +19,7 @@ from lightning_rmt.live.fence.enclosure import Enclosure
 # which nobody moves and which may fill the memory, is far larger.
 _FROZEN_PER_TRAINED = 2
 
-# For a trained parameter, whether its training step overwrote it when last compared; unknown ones are absent.
+# Whether its training step overwrites a parameter, as last seen; unknown parameters are absent.
 _overwritten: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -49,58 +49,58 @@ def parameters(enclosure: Enclosure, undo: ExitStack) -> None:
 
     The values need care because some steps write to parameters themselves: momentum encoders (MoCo, BYOL), normalised
     prototypes (SwAV), clipped weights (WGAN). A parameter that is bound to new memory is simply bound back. In-place
-    writes need a copy, taken of frozen parameters (see `_FROZEN_PER_TRAINED`), of those known to be overwritten, and in
-    the first fence of all, to find out which these are.
+    writes need a copy, taken of frozen parameters (see `_FROZEN_PER_TRAINED`), of those known to be overwritten, and of
+    all trained ones in their first fence, to find out which these are.
     """
     everything = [p for p in enclosure.parameters() if not is_lazy(p)]
     trained = sum(p.numel() for p in everything if p.requires_grad)
     frozen = sum(p.numel() for p in everything if not p.requires_grad)
-    copy_frozen = frozen <= _FROZEN_PER_TRAINED * trained
+    copy_unknown = {True: True, False: frozen <= _FROZEN_PER_TRAINED * trained}
     for parameter in everything:
-        copied = _overwritten.get(parameter, True) if parameter.requires_grad else copy_frozen
-        undo.callback(_Kept.of(parameter, copied).restore, enclosure.module)
+        copied = _overwritten.get(parameter, copy_unknown[parameter.requires_grad])
+        undo.push(_Kept(parameter, copied, enclosure.module))
         parameter.grad = None
         parameter._backward_hooks = None
 
 
-@dataclass(frozen=True)
 class _Kept:
-    """One parameter as it was."""
+    """One parameter as it was; put back on leaving."""
 
-    parameter: nn.Parameter
-    requires_grad: bool
-    grad: Tensor | None
-    hooks: Any
-    memory: Tensor
-    version: int
-    values: Tensor | None
+    def __init__(self, parameter: nn.Parameter, copied: bool, module: nn.Module) -> None:
+        self.parameter = parameter
+        self.module = module
+        self.requires_grad = parameter.requires_grad
+        self.grad = parameter.grad
+        self.hooks = parameter._backward_hooks
+        self.memory = parameter.data
+        self.version = parameter._version
+        self.version_counter = _unsafe_preserve_version_counter(parameter) if copied else None
+        self.values = _local(self.memory).clone() if copied else None
 
-    @classmethod
-    def of(cls, p: nn.Parameter, copied: bool) -> _Kept:
-        memory = p.data
-        values = _local(memory).clone() if copied else None
-        return cls(p, p.requires_grad, p.grad, p._backward_hooks, memory, p._version, values)
+    def __enter__(self) -> None: ...
 
-    def restore(self, module: nn.Module) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         p = self.parameter
-        p.requires_grad_(self.requires_grad)
-        p.grad = self.grad
-        p._backward_hooks = self.hooks
         memory = _local(self.memory)
         if _local(p.data).data_ptr() != memory.data_ptr():
             p.data = self.memory
-        if self.values is not None:
-            changed = _overwritten.get(p) or not torch.equal(memory, self.values)
-            if changed:
-                memory.copy_(self.values)  # through `.data`, which has a version counter of its own
-            if self.requires_grad:
-                _overwritten[p] = bool(changed)
+        if self.values is not None and self.version_counter is not None:
+            overwritten = _overwritten.get(p) or not torch.equal(memory, self.values)
+            if overwritten:
+                memory.copy_(self.values)
+                # Bitwise what a live graph has saved, which must not take offence at the version.
+                self.version_counter.__exit__()
+            if overwritten or (error is None and self.requires_grad):
+                _overwritten[p] = bool(overwritten)
         elif p._version != self.version:
             _overwritten[p] = True
-            self._warn(module)
+            self._warn()
+        p.requires_grad_(self.requires_grad)
+        p.grad = self.grad
+        p._backward_hooks = self.hooks
 
-    def _warn(self, module: nn.Module) -> None:
-        name = next((name for name, p in module.named_parameters() if p is self.parameter), "?")
+    def _warn(self) -> None:
+        name = next((name for name, p in self.module.named_parameters() if p is self.parameter), "?")
         warnings.warn(
             f"The training step wrote to the parameter {name!r} in place while it was run again to measure curvature. "
             "It had not done so before, so no copy was kept: this once, training is disturbed by the measurement. "

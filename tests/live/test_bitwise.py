@@ -1,0 +1,112 @@
+"""Training with a probe is bitwise training without it, in every way of training; and the harness would see it if not."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import pytest
+from bitwise_cases import CASES
+from harness import Case, Fingerprint, ProductProbe, differences, train
+
+import lightning_rmt.live.fence
+
+
+@cache
+def control(case: Case, directory: Path) -> Fingerprint:
+    return train(case, directory)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_controls_agree(case, tmp_path_factory):
+    assert differences(train(case, tmp_path_factory.getbasetemp()), control(case, tmp_path_factory.getbasetemp())) == []
+
+
+@pytest.mark.parametrize(("case", "hook"), [(c, h) for c in CASES for h in c.hooks], ids=str)
+def test_training_is_the_same_with_products_behind_the_fence(case, hook, tmp_path_factory):
+    probe = ProductProbe(case, hook)
+    probed = train(case, tmp_path_factory.getbasetemp(), probe)
+    assert differences(probed, control(case, tmp_path_factory.getbasetemp())) == []
+    assert probe.taken > 0
+
+
+def case_named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+# The part that is taken out of the fence, the case and hook that need it, entries that must differ, entries that must not.
+NEGATIVE_CONTROLS = (
+    (
+        "randomness",
+        "batch norm, momentum 0.1",
+        "on_train_batch_end",
+        {"loss", "weights", "torch generator", "batches"},
+        {},
+    ),
+    # the curse of running statistics: the whole training looks the same, the checkpoint is another one
+    (
+        "buffers",
+        "batch norm, momentum 0.1",
+        "on_train_batch_end",
+        {"buffers", "state_dict"},
+        {"loss", "weights", "rows"},
+    ),
+    ("logging", "mlp, Adam, scheduler, torchmetrics", "on_train_batch_end", {"rows", "callback metrics"}, {"weights"}),
+    ("logging", "mlp, Adam, scheduler, torchmetrics", "on_before_zero_grad", {"rows"}, {"weights"}),
+    ("logging", "mlp, Adam, scheduler, torchmetrics", "on_before_optimizer_step", {"rows"}, {"weights"}),
+    ("logging", "logger used directly, sync_dist", "on_train_batch_end", {"rows"}, {"weights"}),
+    ("metrics", "mlp, Adam, scheduler, torchmetrics", "on_train_batch_end", {"rows"}, {"weights", "loss"}),
+    ("metrics", "metric collection", "on_train_batch_end", {"rows", "callback metrics"}, {"weights"}),
+    ("attributes", "state in Python attributes", "on_train_batch_end", {"loss", "weights", "own"}, {}),
+    ("parameters", "momentum encoder", "on_train_batch_end", {"loss", "weights", "own"}, {}),
+    ("parameters", "normalised prototypes", "on_train_batch_end", {"loss", "weights"}, {}),
+    ("trainer_state", "state in Python attributes", "on_train_batch_end", {"learning rates", "weights"}, {}),
+    ("trainer_state", "should_stop", "on_train_batch_end", {"global step", "progress"}, {}),
+    ("training_flags", "all batch norms in eval mode", "on_train_batch_start", {"flags"}, {"weights"}),
+)
+
+
+@pytest.mark.parametrize(("part", "name", "hook", "differ", "agree"), NEGATIVE_CONTROLS)
+def test_harness_sees_a_part_of_the_fence_missing(part, name, hook, differ, agree, tmp_path_factory, monkeypatch):
+    directory, case = tmp_path_factory.getbasetemp(), case_named(name)
+    present = [p for p in lightning_rmt.live.fence.PARTS if p.__name__ != part]
+    assert len(present) == len(lightning_rmt.live.fence.PARTS) - 1
+    monkeypatch.setattr(lightning_rmt.live.fence, "PARTS", tuple(present))
+    seen = set(differences(train(case, directory, ProductProbe(case, hook)), control(case, directory)))
+    assert differ <= seen
+    assert not seen & set(agree)
+
+
+class BackwardProbe(ProductProbe):
+    """What not to do: `.backward()`, with `grad` put back afterwards."""
+
+    def products(self, loss, module):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
+            loss.backward(create_graph=True)
+
+
+def test_harness_sees_backward_instead_of_grad(tmp_path_factory):
+    directory, case = tmp_path_factory.getbasetemp(), case_named("optimizer in backward")
+    seen = differences(train(case, directory, BackwardProbe(case)), control(case, directory))
+    assert {"own", "loss", "weights"} <= set(seen)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["batch norm, momentum 0.1", "state in Python attributes", "momentum encoder"])
+def test_training_is_the_same_after_an_exception_inside_the_fence(name, error, tmp_path_factory):
+    directory, case = tmp_path_factory.getbasetemp(), case_named(name)
+
+    class Raises(ProductProbe):
+        def probe(self, trainer, module):
+            with pytest.raises(error, match="inside"):
+                super().probe(trainer, module)
+
+        def products(self, loss, module):
+            super().products(loss, module)
+            raise error("inside")
+
+    probe = Raises(case)
+    assert differences(train(case, directory, probe), control(case, directory)) == []
+    assert probe.taken > 0
