@@ -1,0 +1,200 @@
+"""The light record of a reading that a run keeps in memory and in its checkpoints: plain Python values only.
+
+Checkpoints are read back with ``weights_only=True``, which refuses NumPy arrays and scalars (even ``np.float64``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_rmt.reading import Reading
+from lightning_rmt.report.scalars import TOP
+from lightning_rmt.spectra.spectrum import Spectrum
+
+BINS_PER_DECADE = 12
+DECADES = 5
+"""Decades of eigenvalue that an entry resolves below its largest one; the rest is pooled into its bin at zero."""
+NO_MASS = -12.0
+"""What stands for the log10 of a mass of 1e-12 or less, since JSON has no -inf."""
+
+
+def bin_edge(k: int) -> float:
+    """Lower edge of the k-th bin on the positive axis; the same for all readings of all runs, so that entries align."""
+    return float(10.0 ** (k / BINS_PER_DECADE))
+
+
+@dataclass(frozen=True)
+class LogMasses:
+    """Mass of the spectral measure per bin of a fixed logarithmic grid, as log10.
+
+    Bin k > 0 spans ``bin_edge(k)`` to ``bin_edge(k + 1)`` in magnitude, on either side of zero.
+
+    Attributes:
+        lowest_bin: everything below ``bin_edge(lowest_bin)`` in magnitude is pooled.
+        zero: log10 of the pooled mass.
+        positive: log10 masses of the bins lowest_bin, lowest_bin + 1, ... of the positive axis.
+        negative: those of the negative axis, by rising magnitude.
+    """
+
+    lowest_bin: int
+    zero: float
+    positive: tuple[float, ...]
+    negative: tuple[float, ...]
+
+    @classmethod
+    def of(cls, spectrum: Spectrum) -> LogMasses:
+        """The masses of ``spectrum``, from differences of its CDF."""
+        reach = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
+        smallest = max(reach / 10.0**DECADES, spectrum.zero_width, 1e-280)
+        lowest = math.ceil(math.log10(smallest) * BINS_PER_DECADE)
+        count = max(math.floor(math.log10(max(reach, smallest)) * BINS_PER_DECADE) + 1 - lowest, 0) + 1
+        edges = np.array([bin_edge(lowest + i) for i in range(count + 1)])
+        cdf = spectrum.cdf(np.concatenate([-edges[::-1], edges]))
+        cdf[0], cdf[-1] = 0.0, 1.0  # the outermost bins keep what smoothing puts beyond them
+        masses = np.diff(cdf)
+        return cls(
+            lowest_bin=lowest,
+            zero=_log10(masses[count : count + 1])[0],
+            positive=_log10(masses[count + 1 :]),
+            negative=_log10(masses[:count][::-1]),
+        )
+
+    def pooled(self, lowest: int, highest: int) -> NDArray[np.float64]:
+        """Masses (not logs) on the bins from -highest to highest, with all below bin ``lowest`` pooled at zero.
+
+        Returns:
+            shape (2 * (highest - lowest) + 1,), float64: negative bins from the outermost in, zero, positive bins outwards.
+        """
+        if lowest < self.lowest_bin:
+            raise ValueError(f"this entry pools all bins below {self.lowest_bin}; bin {lowest} can't be had from it")
+        sides, zero = [], _mass(self.zero)
+        for logs in (self.negative, self.positive):
+            mass = np.array([_mass(value) for value in logs])
+            inside = lowest - self.lowest_bin
+            zero += mass[:inside].sum()
+            side = np.zeros(highest - lowest)
+            kept = mass[inside : inside + side.size]
+            side[: kept.size] = kept
+            sides.append(side)
+        return np.concatenate([sides[0][::-1], [zero], sides[1]])
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What the pictures over time need of one reading.
+
+    Attributes:
+        step: the reading's step.
+        learning_rate: None where there is none.
+        curvature: ``"hessian"``, ``"ggn"`` or ``"gradient_covariance"``.
+        lambda_max: largest Ritz value.
+        lambda_max_residual: an eigenvalue lies within this of it.
+        lambda_min: smallest Ritz value.
+        lambda_min_residual: an eigenvalue lies within this of it.
+        top: certified eigenvalues from the largest down, at most 40.
+        bottom: certified eigenvalues from the smallest up, at most 40.
+        outliers_high: outliers above the bulk, None where no count was given.
+        outliers_low: outliers below the bulk, None where no count was given.
+        bulk_edge_high: None where the bulk has no edge.
+        bulk_edge_low: None where the bulk has no edge.
+        trace: estimate of the trace.
+        trace_stderr: its standard error, None where it has none.
+        seconds: wall-clock time of the probe.
+        products: operator products spent.
+        masses: the spectral measure on a fixed logarithmic grid.
+    """
+
+    step: int
+    learning_rate: float | None
+    curvature: str
+    lambda_max: float
+    lambda_max_residual: float
+    lambda_min: float
+    lambda_min_residual: float
+    top: tuple[float, ...]
+    bottom: tuple[float, ...]
+    outliers_high: int | None
+    outliers_low: int | None
+    bulk_edge_high: float | None
+    bulk_edge_low: float | None
+    trace: float
+    trace_stderr: float | None
+    seconds: float
+    products: int
+    masses: LogMasses
+
+    @classmethod
+    def from_reading(cls, reading: Reading) -> HistoryEntry:
+        """The entry of ``reading``."""
+        spectrum = reading.spectrum
+        high, low, edges = spectrum.outliers.high, spectrum.outliers.low, spectrum.bulk_edges
+        return cls(
+            step=int(reading.step),
+            learning_rate=_float(reading.learning_rate),
+            curvature=str(reading.curvature),
+            lambda_max=float(spectrum.lambda_max.value),
+            lambda_max_residual=float(spectrum.lambda_max.residual),
+            lambda_min=float(spectrum.lambda_min.value),
+            lambda_min_residual=float(spectrum.lambda_min.residual),
+            top=tuple(float(level.value) for level in spectrum.top[: 4 * TOP]),
+            bottom=tuple(float(level.value) for level in spectrum.bottom[: 4 * TOP]),
+            outliers_high=None if high.count is None else int(high.count),
+            outliers_low=None if low.count is None else int(low.count),
+            bulk_edge_high=_float(edges.high),
+            bulk_edge_low=_float(edges.low),
+            trace=float(spectrum.trace.mean),
+            trace_stderr=_float(spectrum.trace.stderr),
+            seconds=float(reading.seconds),
+            products=int(spectrum.products),
+            masses=LogMasses.of(spectrum),
+        )
+
+    @property
+    def two_over_lr(self) -> float | None:
+        """Gradient descent's stability limit, None without a learning rate or where the curvature isn't the loss's."""
+        if not self.learning_rate or self.curvature == "gradient_covariance":
+            return None
+        return 2.0 / self.learning_rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts, lists, floats, ints, strings and None: fit for JSON and for a checkpoint."""
+        values = asdict(self)
+        values["masses"] = {key: list(v) if isinstance(v, tuple) else v for key, v in values["masses"].items()}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HistoryEntry:
+        """What `to_dict` gave. Unknown keys, as a later version may write them, are ignored.
+
+        Raises:
+            ValueError: a key is missing.
+        """
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in values]:
+            raise ValueError(f"not a history entry: {', '.join(missing)} missing")
+        known: dict[str, Any] = {name: _as_stored(values[name]) for name in names}
+        masses: dict[str, Any] = {field.name: _as_stored(values["masses"][field.name]) for field in fields(LogMasses)}
+        return cls(**{**known, "masses": LogMasses(**masses)})
+
+
+def _as_stored(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _log10(masses: NDArray[np.float64]) -> tuple[float, ...]:
+    # Three decimals (0.2 % of a mass) are far below what a colour shows, and keep the JSON short.
+    return tuple(round(float(value), 3) for value in np.log10(np.maximum(masses, 10.0**NO_MASS)))
+
+
+def _mass(log10: float) -> float:
+    return 0.0 if log10 <= NO_MASS else 10.0**log10

@@ -1,0 +1,157 @@
+"""A reading as scalars: the tags that every logger gets, and a sentence for each one that isn't there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lightning_rmt.reading import Reading
+from lightning_rmt.report.wording import number
+
+TOP = 10
+"""Certified eigenvalues logged from either end: ``top/1`` is the largest, ``bottom/1`` the smallest."""
+WIDEST_BRACKET = 1.5
+"""Largest ratio of a quantile's Chebyshev-Markov-Stieltjes bounds at which the quantile is logged."""
+
+
+class _Item(NamedTuple):
+    tag: str
+    value: float | None
+    reason: str  # why it's absent, where value is None or not finite
+
+
+def scalars(reading: Reading) -> dict[str, float]:
+    """Every number of the reading that can be had honestly, by tag (``<name>/lambda_max``, ...); all finite.
+
+    Eigenvalues, edges, quantiles and the trace are in the operator's units (loss per squared parameter); masses and
+    ``sharpness_times_lr`` are dimensionless; ``probe_seconds`` is in seconds. ``<tag>_residual`` bounds the distance to
+    an exact eigenvalue, ``<tag>_stderr`` is one standard error. What is missing here is in `refusals`.
+    """
+    return split(reading)[0]
+
+
+def refusals(reading: Reading) -> dict[str, str]:
+    """The tags that `scalars` leaves out at this reading, each with the reason as a sentence."""
+    return split(reading)[1]
+
+
+def split(reading: Reading) -> tuple[dict[str, float], dict[str, str]]:
+    """`scalars` and `refusals` in one go: a quantile's bounds take about 0.1 s."""
+    numbers, reasons = {}, {}
+    for tag, value, reason in _items(reading):
+        if value is not None and math.isfinite(value):
+            numbers[tag] = float(value)
+        else:
+            reasons[tag] = reason or f"it is {value}"
+    return numbers, reasons
+
+
+def caveats(reading: Reading) -> dict[str, str]:
+    """The tags that `scalars` does log, but that mean less than their name says: a count that is a lower bound, say."""
+    spectrum, found = reading.spectrum, {}
+    for end, level in (("max", spectrum.lambda_max), ("min", spectrum.lambda_min)):
+        if not level.certified and level.residual > 0.0:
+            found[f"{reading.name}/lambda_{end}"] = (
+                f"not converged: an eigenvalue lies within {number(level.residual)} of it, and it need not be the "
+                "outermost; more Lanczos steps settle it"
+            )
+    for side, outliers in (("high", spectrum.outliers.high), ("low", spectrum.outliers.low)):
+        if outliers.count is not None and outliers.at_least:
+            found[f"{reading.name}/outliers/count_{side}"] = f"a lower bound: {outliers.verdict}"
+    return found
+
+
+def _items(reading: Reading) -> Iterator[_Item]:
+    for tag, value, reason in (
+        *_ends(reading),
+        *_sums(reading),
+        *_outliers(reading),
+        *_bulk(reading),
+        *_run(reading),
+    ):
+        yield _Item(f"{reading.name}/{tag}", value, reason)
+
+
+def _ends(reading: Reading) -> Iterator[_Item]:
+    spectrum = reading.spectrum
+    for end, level in (("max", spectrum.lambda_max), ("min", spectrum.lambda_min)):
+        yield _Item(f"lambda_{end}", level.value, "")
+        yield _Item(f"lambda_{end}_residual", level.residual, "")
+    for side, levels in (("top", spectrum.top), ("bottom", spectrum.bottom)):
+        for i, level in enumerate(levels[:TOP], start=1):
+            yield _Item(f"{side}/{i}", level.value, "")
+        if len(levels) < TOP:
+            reason = f"only {len(levels)} eigenvalues are certified at this end; more Lanczos steps certify more"
+            yield _Item(f"{side}/{len(levels) + 1}", None, reason)
+
+
+def _sums(reading: Reading) -> Iterator[_Item]:
+    for tag, estimate in (("trace", reading.spectrum.trace), ("frobenius", reading.spectrum.frobenius)):
+        yield _Item(tag, estimate.mean, "")
+        yield _Item(f"{tag}_stderr", estimate.stderr, "")
+
+
+def _outliers(reading: Reading) -> Iterator[_Item]:
+    for side, outliers in (("high", reading.spectrum.outliers.high), ("low", reading.spectrum.outliers.low)):
+        yield _Item(f"outliers/count_{side}", outliers.count, outliers.verdict)
+        for tag in ("gap_index", "gap_ratio", "gap_spacings"):
+            yield _Item(
+                f"outliers/{tag}_{side}", getattr(outliers, tag), "no certified eigenvalues to find a gap among"
+            )
+
+
+def _bulk(reading: Reading) -> Iterator[_Item]:
+    spectrum = reading.spectrum
+    for side, edge, outliers in (
+        ("low", spectrum.bulk_edges.low, spectrum.outliers.low),
+        ("high", spectrum.bulk_edges.high, spectrum.outliers.high),
+    ):
+        reason = (
+            "the largest eigenvalue of the bulk isn't certified" if outliers.count is not None else outliers.verdict
+        )
+        yield _Item(f"bulk_edge_{side}", edge, reason)
+    for tag, p in (("q99", 0.99), ("q01", 0.01)):
+        low, high = spectrum.quantile_bounds(p)
+        sharp = _bracket_ratio(low, high, spectrum.zero_width) <= WIDEST_BRACKET
+        reason = (
+            f"known only to lie between {number(low)} and {number(high)}; it is logged once the bounds' ratio is at "
+            f"most {WIDEST_BRACKET}, and more Lanczos steps narrow them"
+        )
+        yield _Item(tag, spectrum.quantile(p) if sharp else None, reason)
+    yield _Item("zero_mass", spectrum.zero_mass, "")
+    yield _Item("negative_mass", spectrum.negative_mass, "")
+    cumulants = spectrum.free_cumulants()
+    yield _Item("free_skew", cumulants.skew.mean, "the bulk has no width")
+    yield _Item("free_skew_stderr", cumulants.skew.stderr, "the bulk has no width")
+    yield _Item("free_kurtosis", cumulants.kurtosis.mean, "")
+    yield _Item("free_kurtosis_stderr", cumulants.kurtosis.stderr, "")
+
+
+def _bracket_ratio(low: float, high: float, zero_width: float) -> float:
+    """Ratio of the bounds' magnitudes; 1 where both are zero to rounding, infinite where they differ in sign."""
+    if low == high or max(abs(low), abs(high)) <= zero_width:
+        return 1.0
+    if low * high <= 0.0:
+        return math.inf
+    small, large = sorted((abs(low), abs(high)))
+    return large / small
+
+
+def _run(reading: Reading) -> Iterator[_Item]:
+    learning_rate = reading.learning_rate
+    # Gradient descent's stability limit speaks of the loss's curvature; the gradients' covariance isn't that.
+    curvature = reading.curvature != "gradient_covariance"
+    if not curvature:
+        reason = "the limit 2 holds for the curvature of the loss, not for the gradients' covariance"
+    elif learning_rate is None:
+        reason = "no learning rate was found"
+    else:
+        reason = "the learning rate is 0"
+    yield _Item("sharpness_times_lr", reading.sharpness_times_lr if curvature else None, reason)
+    yield _Item("two_over_lr", 2.0 / learning_rate if curvature and learning_rate else None, reason)
+    yield _Item("probe_seconds", reading.seconds, "")
+    yield _Item("overhead", reading.overhead, "the training's time was not measured")
+    yield _Item("products", reading.spectrum.products, "")
+    yield _Item("symmetry_error", reading.symmetry_error, "not tested at this reading")
+    yield _Item("repeat_error", reading.repeat_error, "not tested at this reading")
