@@ -24,6 +24,8 @@ class Reading:
         curvature: ``"hessian"``, ``"ggn"`` or ``"gradient_covariance"``.
         name: the monitor's name, which prefixes every tag.
         seconds: wall-clock time of the probe.
+        overhead: time spent on probes so far, this one included, as a share of the training time; None where that
+            wasn't measured.
         samples: samples in the curvature batches, over all ranks.
         parameters: names of the probed parameters.
         learning_rate: largest learning rate over the optimizers' parameter groups, None where there is none.
@@ -41,6 +43,7 @@ class Reading:
     samples: int
     parameters: tuple[str, ...] = ()
     learning_rate: float | None = None
+    overhead: float | None = None
     symmetry_error: float | None = None
     repeat_error: float | None = None
     notes: tuple[str, ...] = ()

@@ -7,11 +7,10 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
-from lightning_rmt.curvature.parameters import hooked_parameters
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.loss import refuse_unusable_loss
@@ -30,6 +29,15 @@ from lightning_rmt.report.loggers import LoggerReport
 
 FAILURES_IN_A_ROW = 3
 STATE_VERSION = 1
+
+
+class _Probed(NamedTuple):
+    """What comes back from behind the fence: no reference to the module, its graph or its batches."""
+
+    measured: Measurement
+    samples: int
+    parameters: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
@@ -58,7 +66,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         batches: curvature batches per probe and rank, collected over the steps before it.
         loss_fn: function of (module, batch) that returns the loss, or (loss, weight). None: the module's
             ``curvature_loss(batch)`` if it has one, else its ``training_step``.
-        outputs_fn: function of (module, batch) that returns (outputs, loss of these outputs), for ``"ggn"``.
+        outputs_fn: function of (module, batch) that returns the outputs and a function of them that is the loss, for
+            ``"ggn"``.
         parameters: name patterns (``"encoder.*"``) of the parameters to look at. None: all trainable ones.
         levels: parameter blocks whose exact level statistics are wanted; not available in this version, must be None.
         product: ``"exact"`` (double backward), ``"finite_difference"``, or ``"auto"``: exact, unless an operation of the
@@ -146,11 +155,6 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         """Refuses what can't work, before the first step."""
         if stage != "fit":
             return
-        same = [cb for cb in trainer.callbacks if isinstance(cb, SpectrumMonitor) and cb.name == self.name]
-        if len(same) > 1:
-            raise MisconfigurationException(
-                f"{len(same)} SpectrumMonitors are named {self.name!r}; give each its own: SpectrumMonitor(name=...)"
-            )
         refuse_untested_strategy(trainer)
         if self.curvature == "ggn":
             refuse_missing_outputs(pl_module, self.curvature, self.outputs_fn)
@@ -192,7 +196,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         now = time.perf_counter()
         if self._clock is not None:
             self._schedule.stepped(now - self._clock)
-        if self._schedule.due(step, self._accumulate(trainer)):
+        if self._schedule.due(step, trainer.accumulate_grad_batches) or _last_chance(trainer):
             recurring = self._take(trainer, pl_module, step)
             self._schedule.probed(step, time.perf_counter() - now, recurring)
         elif self._schedule.undecided(step):
@@ -240,35 +244,32 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         probed_enough = bool(trainer.fast_dev_run) and self.reading is not None
         return self._off or averaging_epoch or probed_enough
 
-    def _accumulate(self, trainer: Any) -> int:
-        """Batches to a step; a fast_dev_run may be too short for a window and probes with what it has."""
-        if trainer.fast_dev_run and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return max(len(self._collector), self._schedule.batches)
-        return int(trainer.accumulate_grad_batches)
-
     def _take(self, trainer: Any, pl_module: Any, step: int) -> float | None:
         """Takes a reading and writes it; returns its seconds, None if it failed."""
         captured, begin = self._collector.take(), time.perf_counter()
         try:
-            measured, operator, samples = self._probe(trainer, pl_module, captured, step)
+            probed = self._probe(trainer, pl_module, captured, step)
         except Exception as error:
             self._probe_failed(trainer, error)
             return None
         self._failures = 0
         self._checked = True
+        seconds = time.perf_counter() - begin
+        check = probed.measured.check
         self.reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
-            spectrum=measured.spectrum,
+            spectrum=probed.measured.spectrum,
             curvature=self.curvature,
             name=self.name,
-            seconds=time.perf_counter() - begin,
-            samples=samples,
-            parameters=operator.block.names,
+            seconds=seconds,
+            samples=probed.samples,
+            parameters=probed.parameters,
             learning_rate=_learning_rate(trainer),
-            symmetry_error=None if measured.check is None else measured.check.symmetry,
-            repeat_error=None if measured.check is None else measured.check.repeat,
-            notes=_notes(operator),
+            overhead=self._schedule.overhead_with(seconds),
+            symmetry_error=None if check is None else check.symmetry,
+            repeat_error=None if check is None else check.repeat,
+            notes=probed.notes,
         )
         self.history.append(HistoryEntry.from_reading(self.reading))
         if trainer.is_global_zero:
@@ -290,43 +291,38 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 stacklevel=3,
             )
 
-    def _probe(
-        self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int
-    ) -> tuple[Measurement, CurvatureOperator, int]:
+    def _probe(self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int) -> _Probed:
         """The measurement, taken behind the fence on all ranks together or on none."""
         ranks = Ranks.of(trainer)
         with ExitStack() as stack:
 
-            def prepare() -> CurvatureOperator:
-                stack.enter_context(
-                    fence(trainer, pl_module, seed=_mix(self.seed, step, ranks.rank), autocast=self.autocast)
-                )
+            def prepare() -> tuple[CurvatureOperator, tuple[str, ...]]:
+                error, self._capture_error = self._capture_error, None
+                if error is not None:
+                    raise error
+                if not captured:
+                    raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
+                seed = _mix(self.seed, step, ranks.rank)
+                stack.enter_context(fence(trainer, pl_module, seed=seed, autocast=self.autocast))
                 stack.enter_context(unsharded(pl_module))
-                operator = self._operator(pl_module, captured)
+                operator, notes = build_operator(
+                    pl_module,
+                    captured,
+                    curvature=self.curvature,
+                    product=self.product,
+                    parameters=self.parameters,
+                    loss_fn=self.loss_fn,
+                    outputs_fn=self.outputs_fn,
+                )
                 stack.callback(operator.release)
-                return operator
+                return operator, notes
 
-            operator = ranks.together(prepare)
+            operator, notes = ranks.together(prepare)
             shared = operator if ranks.group is None else RankSum(operator, ranks.group)
             products = self.probes * min(self.lanczos_steps, operator.size)
             on_step = stack.enter_context(probe_progress(trainer, self.name, products))
-            return self._measure(ranks, shared, step, on_step), operator, int(shared.samples)
-
-    def _operator(self, pl_module: Any, captured: list[CapturedBatch]) -> CurvatureOperator:
-        error, self._capture_error = self._capture_error, None
-        if error is not None:
-            raise error
-        if not captured:
-            raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
-        return build_operator(
-            pl_module,
-            captured,
-            curvature=self.curvature,
-            product=self.product,
-            parameters=self.parameters,
-            loss_fn=self.loss_fn,
-            outputs_fn=self.outputs_fn,
-        )
+            measured = self._measure(ranks, shared, step, on_step)
+            return _Probed(measured, int(shared.samples), operator.block.names, notes)
 
     def _measure(self, ranks: Ranks, operator: Any, step: int, on_step: Any) -> Measurement:
         """The spectrum; where a rank failed inside a product, its own error there and a word about it elsewhere."""
@@ -368,6 +364,11 @@ def _step(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def _last_chance(trainer: Any) -> bool:
+    """A fast_dev_run may be too short for several batches; it probes with those that it has."""
+    return bool(trainer.fast_dev_run) and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
 def _total_steps(trainer: Any) -> float:
     """Steps of the whole training; infinity where neither max_epochs nor max_steps says so."""
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
@@ -390,27 +391,6 @@ def _log_dir(trainer: Any) -> str:
 def _learning_rate(trainer: Any) -> float | None:
     rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups if "lr" in g]
     return max(rates, default=None)
-
-
-def _notes(operator: CurvatureOperator) -> tuple[str, ...]:
-    """What the user should know about how this was measured."""
-    notes = []
-    if operator.unused:
-        notes.append(
-            f"no gradient reaches {_listed(operator.unused)}: unused, or behind a reentrant activation checkpoint; "
-            "zeros in the spectrum"
-        )
-    named = zip(operator.block.names, operator.block.tensors, strict=True)
-    if hooked := hooked_parameters(named):
-        notes.append(
-            f"{_listed(hooked)} have gradient hooks, which fire in both passes of a product: a hook that scales the "
-            "gradient by c scales the measured curvature by c squared. loss_fn= with torch.func.functional_call avoids it"
-        )
-    return (*notes, *getattr(operator, "notes", ()))
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _choose(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from lightning_rmt.curvature.gauss_newton import GaussNewton
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
-from lightning_rmt.curvature.parameters import select_parameters
+from lightning_rmt.curvature.parameters import hooked_parameters, select_parameters
 from lightning_rmt.krylov.lanczos import start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
 from lightning_rmt.live.loss import LossFn, curvature_loss
@@ -21,7 +21,7 @@ from lightning_rmt.live.namespaces import MisconfigurationException
 
 Curvature = Literal["hessian", "ggn", "gradient_covariance"]
 Product = Literal["auto", "exact", "finite_difference"]
-OutputsFn = Callable[[Any, Any], "tuple[Tensor, Tensor]"]
+OutputsFn = Callable[[Any, Any], "tuple[Any, Callable[[Any], Tensor]]"]
 
 
 def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: OutputsFn | None) -> None:
@@ -35,8 +35,8 @@ def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: Output
     raise MisconfigurationException(
         'SpectrumMonitor(curvature="ggn") needs the model\'s outputs and a loss of them: define '
         f"curvature_outputs(self, batch) on {type(module).__name__}, or pass outputs_fn=, a function of (module, batch); "
-        "either returns (outputs, loss), the loss computed from those very outputs, for example "
-        "`logits = self(x); return logits, cross_entropy(logits, y)`. "
+        "either returns (outputs, loss), the loss a function of the outputs, for example "
+        "`return self(x), lambda logits: cross_entropy(logits, y)`. "
         'curvature="hessian" needs neither.'
     )
 
@@ -50,8 +50,8 @@ def build_operator(
     parameters: Sequence[str] | None,
     loss_fn: LossFn | None,
     outputs_fn: OutputsFn | None,
-) -> CurvatureOperator:
-    """The operator on this rank's batches.
+) -> tuple[CurvatureOperator, tuple[str, ...]]:
+    """The operator on this rank's batches, and sentences about it that the user should read.
 
     Args:
         module: the LightningModule, fenced and (if it was sharded) gathered.
@@ -68,43 +68,82 @@ def build_operator(
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), parameters)
+    operator, notes = _operator(module, chosen, captured, curvature, product, loss_fn, outputs_fn)
+    return operator, (*notes, *_warnings(operator))
+
+
+def _operator(
+    module: Any,
+    chosen: list[tuple[str, Tensor]],
+    captured: Sequence[CapturedBatch],
+    curvature: Curvature,
+    product: Product,
+    loss_fn: LossFn | None,
+    outputs_fn: OutputsFn | None,
+) -> tuple[CurvatureOperator, tuple[str, ...]]:
     if curvature == "ggn":
-        return _gauss_newton(module, chosen, captured, outputs_fn)
+        return _gauss_newton(module, chosen, captured, outputs_fn), ()
     loss = curvature_loss(module, loss_fn)
     if curvature == "gradient_covariance":
-        return GradientCovariance(loss, chosen, captured)
+        return GradientCovariance(loss, chosen, captured), ()
     if product == "finite_difference":
-        return _finite_differences(loss, chosen, captured)
+        return _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
     hessian = Hessian(loss, chosen, captured)
     if product == "exact":
-        return hessian
+        return hessian, ()
     try:
         hessian.matvec(start_vector(hessian, 0))
-    except SecondDerivativeError:
+    except SecondDerivativeError as error:
         hessian.release()
-        return _finite_differences(loss, chosen, captured)
-    return hessian
+        return _finite_differences(loss, chosen, captured, f"PyTorch has no second derivative of {error.operation}")
+    return hessian, ()
 
 
-def _finite_differences(loss: Any, chosen: Any, captured: Sequence[CapturedBatch]) -> FiniteDifferenceHessian:
+def _finite_differences(
+    loss: Any, chosen: list[tuple[str, Tensor]], captured: Sequence[CapturedBatch], why: str
+) -> tuple[CurvatureOperator, tuple[str, ...]]:
     operator = FiniteDifferenceHessian(loss, chosen, captured)
-    operator.check()
-    return operator
+    check = operator.check()
+    return operator, (
+        f"products are finite differences of gradients, because {why}: two steps differ by {check.disagreement:.1e}, "
+        f"asymmetry {check.asymmetry:.1e}. Good for density and outliers, not for the last digits",
+    )
+
+
+def _warnings(operator: CurvatureOperator) -> tuple[str, ...]:
+    """What looks wrong about the module, and can't be seen in the numbers."""
+    sentences = []
+    if operator.unused:
+        sentences.append(
+            f"no gradient reaches {_listed(operator.unused)}: unused, or behind a reentrant activation checkpoint; "
+            "they are zeros in the spectrum"
+        )
+    if hooked := hooked_parameters(zip(operator.block.names, operator.block.tensors, strict=True)):
+        sentences.append(
+            f"gradient hooks on {_listed(hooked)} fire in both passes of a product: one that scales the gradient by c "
+            "scales the measured curvature by c squared. A loss_fn= that uses torch.func.functional_call avoids it"
+        )
+    return tuple(sentences)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _gauss_newton(
     module: Any, chosen: Any, captured: Sequence[CapturedBatch], outputs_fn: OutputsFn | None
 ) -> GaussNewton:
-    losses: dict[int, Tensor] = {}
+    losses: dict[int, Callable[[Any], Tensor]] = {}
 
-    def outputs(batch: CapturedBatch) -> Tensor:
+    def outputs(batch: CapturedBatch) -> Any:
         copied = copy_batch(batch.batch)
         found = outputs_fn(module, copied) if outputs_fn is not None else module.curvature_outputs(copied)
-        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)):
+        if not (isinstance(found, tuple) and len(found) == 2 and callable(found[1])):
             raise TypeError(
-                "curvature_outputs must return (outputs, loss), the loss a scalar tensor computed from outputs"
+                "curvature_outputs must return (outputs, loss), the loss a function of the outputs, for example "
+                "`return self(x), lambda logits: cross_entropy(logits, y)`"
             )
         losses[id(batch)] = found[1]
         return found[0]
 
-    return GaussNewton(outputs, lambda _, batch: losses.pop(id(batch)), chosen, captured)
+    return GaussNewton(outputs, lambda produced, batch: losses.pop(id(batch))(produced), chosen, captured)

@@ -60,7 +60,11 @@ class Schedule:
     @property
     def overhead(self) -> float | None:
         """Time spent on probes over time spent on training so far; None before the first step was timed."""
-        return self.probe_seconds / self.training_seconds if self.training_seconds > 0 else None
+        return self.overhead_with(0.0)
+
+    def overhead_with(self, seconds: float) -> float | None:
+        """`overhead` once a probe that took ``seconds`` is counted in."""
+        return (self.probe_seconds + seconds) / self.training_seconds if self.training_seconds > 0 else None
 
     def stepped(self, seconds: float) -> None:
         """Notes how long a step of the training took, without the probe."""

@@ -1,0 +1,373 @@
+"""The monitor on real Trainers: what it writes, when it probes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as lightning_pl
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rmt import Reading, Spectrum, SpectrumMonitor
+from lightning_rmt.live.namespaces import MisconfigurationException
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*logging interval.*")
+
+
+def classifier(base=pl.LightningModule):
+    class Classifier(base):
+        def __init__(self, lr: float = 0.1):
+            super().__init__()
+            self.lr = lr
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+        def loss(self, batch):
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    return Classifier
+
+
+Classifier = classifier()
+
+
+def loader(batches=12, size=16, shuffle=False):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batches * size, 6, generator=generator)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+    return DataLoader(TensorDataset(x, y), batch_size=size, shuffle=shuffle)
+
+
+def fit(monitors, tmp_path, module=None, namespace=pl, data=None, ckpt_path=None, **kwargs):
+    monitors = monitors if isinstance(monitors, list) else [monitors]
+    namespace.seed_everything(0, verbose=False)
+    module = module if module is not None else classifier(namespace.LightningModule)()
+    options = {
+        "max_epochs": 1, "accelerator": "cpu", "default_root_dir": tmp_path, "logger": True,
+        "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, **kwargs,
+    }  # fmt: skip
+    trainer = namespace.Trainer(callbacks=[*options.pop("callbacks", []), *monitors], **options)
+    trainer.fit(module, data if data is not None else loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def monitor(**kwargs):
+    return SpectrumMonitor(**{"every_n_steps": 5, "lanczos_steps": 12, "on_error": "raise", "figures_every": 0, **kwargs})
+
+
+def events(directory):
+    accumulator = EventAccumulator(str(directory), size_guidance={"histograms": 0, "images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def dense_hessian(module, batch):
+    flat = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+    names = [name for name, _ in module.named_parameters()]
+    shapes = [p.shape for p in module.parameters()]
+
+    def loss(vector):
+        parts = vector.split([s.numel() for s in shapes])
+        state = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+        outputs = torch.func.functional_call(module, state, (batch[0],))
+        return cross_entropy(outputs, batch[1])
+
+    return torch.func.jacrev(torch.func.jacrev(loss))(flat)
+
+
+@pytest.mark.parametrize("namespace", [pl, lightning_pl], ids=["pytorch_lightning", "lightning.pytorch"])
+def test_one_line_on_a_real_trainer_and_read_back(namespace, tmp_path):
+    watch = monitor(figures_every=1)
+    trainer = fit(watch, tmp_path, namespace=namespace)
+    assert [entry.step for entry in watch.history] == [0, 5, 10]
+    board = events(trainer.log_dir)
+    scalars = {event.step: event.value for event in board.Scalars("rmt/lambda_max")}
+    assert list(scalars) == [0, 5, 10]
+    assert scalars[10] == pytest.approx(watch.reading.spectrum.lambda_max.value, rel=1e-6)
+    tags = board.Tags()
+    assert "rmt/density" in tags["histograms"]
+    assert {"rmt/spectrum", "rmt/spectrum_over_time"} <= set(tags["images"])
+    assert {"rmt/trace", "rmt/trace_stderr", "rmt/probe_seconds", "rmt/overhead", "rmt/sharpness_times_lr"} <= set(
+        tags["scalars"]
+    )
+    assert len({tuple(h.histogram_value.bucket_limit) for h in board.Histograms("rmt/density")}) == 1
+    assert board.Scalars("rmt/sharpness_times_lr")[-1].value == pytest.approx(0.1 * scalars[10], rel=1e-6)
+
+
+def test_values_are_those_of_the_module_at_that_step(tmp_path):
+    """The last probe sees the weights after the last step: its levels are the dense Hessian's."""
+    torch.manual_seed(0)
+    module = Classifier().double()
+    data = DataLoader([(x.double(), y) for x, y in loader(6).dataset], batch_size=16)
+    watch = monitor(every_n_steps=5, lanczos_steps=83)
+    fit(watch, tmp_path, module=module, data=data, max_steps=6)
+    batch = list(data)[5]
+    H = dense_hessian(_Forward(module), batch)
+    values = np.linalg.eigvalsh(H.numpy())
+    spectrum = watch.reading.spectrum
+    assert watch.reading.step == 5
+    assert spectrum.lambda_max.value == pytest.approx(values[-1], rel=1e-8)
+    assert spectrum.lambda_min.value == pytest.approx(values[0], rel=1e-6)
+    for level, value in zip(spectrum.top, values[::-1], strict=False):
+        assert level.value == pytest.approx(value, rel=1e-8)
+    assert abs(spectrum.trace.mean - values.sum()) < 4 * spectrum.trace.stderr + 1e-9
+
+
+class _Forward(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.net = module.net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_several_batches_are_the_weighted_mean_of_the_steps_before(tmp_path):
+    torch.manual_seed(0)
+    module = Classifier().double()
+    dataset = [(x.double(), y) for x, y in loader(6).dataset][:88]  # the sixth batch has 8 samples
+    data = DataLoader(dataset, batch_size=16)
+    watch = monitor(every_n_steps=6, batches=6, lanczos_steps=83)
+    fit(watch, tmp_path, module=module, data=data)
+    assert [entry.step for entry in watch.history] == [5]
+    assert watch.reading.samples == 88
+    whole = next(iter(DataLoader(dataset, batch_size=88)))
+    values = np.linalg.eigvalsh(dense_hessian(_Forward(module), whole).numpy())
+    assert watch.reading.spectrum.lambda_max.value == pytest.approx(values[-1], rel=1e-8)
+
+
+def test_steps_are_optimizer_steps_under_accumulation(tmp_path):
+    watch = monitor(every_n_steps=2)
+    trainer = fit(watch, tmp_path, accumulate_grad_batches=3, max_epochs=2)
+    assert [entry.step for entry in watch.history] == [0, 2, 4, 6]
+    assert [event.step for event in events(trainer.log_dir).Scalars("rmt/trace")] == [0, 2, 4, 6]
+
+
+def test_resumed_run_probes_at_the_same_steps_with_the_same_values(tmp_path):
+    def checkpoint():
+        return pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True, every_n_epochs=1)
+
+    whole = monitor(every_n_steps=5)
+    fit(whole, tmp_path / "a", max_epochs=2)
+    first = monitor(every_n_steps=5)
+    fit(first, tmp_path / "b", max_epochs=1, enable_checkpointing=True, callbacks=[checkpoint()])
+    second = monitor(every_n_steps=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(second, tmp_path / "b", max_epochs=2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert [e.to_dict() | {"seconds": 0} for e in second.history] == [e.to_dict() | {"seconds": 0} for e in whole.history]
+    assert [e.step for e in second.history] == [0, 5, 10, 15, 20]
+    assert whole.reading.symmetry_error is None  # tested on the first probe only
+
+
+def test_state_is_plain(tmp_path):
+    watch = monitor()
+    fit(watch, tmp_path)
+    assert json.loads(json.dumps(watch.state_dict())) == watch.state_dict()
+
+
+def test_state_of_another_version_is_ignored_with_a_warning():
+    watch = monitor()
+    with pytest.warns(UserWarning, match="version 99.*afresh"):
+        watch.load_state_dict({"version": 99})
+    assert watch.history == []
+
+
+def test_saved_readings_are_spectra_too(tmp_path):
+    watch = monitor()
+    trainer = fit(watch, tmp_path)
+    files = sorted(Path(trainer.log_dir).rglob("*.npz"))
+    assert [Reading.load(f).step for f in files] == [0, 5, 10]
+    np.testing.assert_array_equal(Spectrum.load(files[-1]).nodes, watch.reading.spectrum.nodes)
+
+
+def test_several_monitors_and_loggers(tmp_path):
+    watches = [monitor(), monitor(name="head", parameters=["net.2.*"], every_n_steps=3)]
+    loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
+    fit(watches, tmp_path, logger=loggers)
+    assert watches[1].reading.parameters == ("net.2.weight", "net.2.bias")
+    assert watches[1].reading.spectrum.size == 27
+    scalars = events(loggers[0].log_dir).Tags()["scalars"]
+    assert {"rmt/lambda_max", "head/lambda_max"} <= set(scalars)
+    assert "head/lambda_max" in (Path(loggers[1].log_dir) / "metrics.csv").read_text()
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):  # Lightning's own
+        fit([monitor(), monitor()], tmp_path)
+
+
+def test_no_logger_is_refused_unless_somebody_reads(tmp_path):
+    with pytest.raises(MisconfigurationException, match="nowhere to write"):
+        fit(monitor(), tmp_path, logger=False)
+
+    class Reader(pl.Callback):
+        consumes_readings = True
+
+    watch = monitor()
+    fit(watch, tmp_path, logger=False, callbacks=[Reader()])
+    assert watch.reading is not None
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("runs", [True, 2, 4])
+def test_fast_dev_run_probes_once(tmp_path, runs, batches):
+    watch = monitor(every_n_steps=50, batches=batches)
+    fit(watch, tmp_path, fast_dev_run=runs, logger=False)
+    assert len(watch.history) == 1
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_default_budget_probes_at_the_start_and_stays_within(tmp_path):
+    watch = SpectrumMonitor(lanczos_steps=5, on_error="raise", figures_every=0, max_overhead=0.5)
+    trainer = fit(watch, tmp_path, max_epochs=20)
+    assert watch.history[0].step == 0
+    assert len(watch.history) > 2
+    assert {"rmt/overhead"} <= set(events(trainer.log_dir).Tags()["scalars"])
+
+
+class Gan(pl.LightningModule):
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.critic = nn.Linear(2, 6), nn.Linear(6, 1)
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, loss in zip(self.optimizers(), (self.loss_g, self.loss_d), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss(batch[0]))
+            optimizer.step()
+
+    def loss_g(self, x):
+        return -self.critic(self.generator(torch.ones(len(x), 2))).mean()
+
+    def loss_d(self, x):
+        return (self.critic(x) ** 2).mean() + self.critic(self.generator(torch.ones(len(x), 2))).pow(2).mean()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.generator.parameters(), 0.01), torch.optim.SGD(self.critic.parameters(), 0.02)]
+
+
+def test_manual_optimization_needs_a_loss(tmp_path):
+    with pytest.raises(MisconfigurationException, match="manual optimization.*loss_fn"):
+        fit(monitor(), tmp_path, module=Gan())
+    watch = monitor(loss_fn=lambda module, batch: module.loss_d(batch[0]))
+    fit(watch, tmp_path, module=Gan())
+    assert [entry.step for entry in watch.history] == [0, 5, 10]
+    assert watch.reading.learning_rate == 0.02
+
+
+def test_gauss_newton_needs_outputs(tmp_path):
+    with pytest.raises(MisconfigurationException, match="curvature_outputs"):
+        fit(monitor(curvature="ggn"), tmp_path)
+
+    class WithOutputs(Classifier):
+        def curvature_outputs(self, batch):
+            return self.net(batch[0]), lambda logits: cross_entropy(logits, batch[1])
+
+    torch.manual_seed(0)
+    own = monitor(curvature="ggn", lanczos_steps=40)
+    fit(own, tmp_path, module=WithOutputs())
+    passed = monitor(curvature="ggn", lanczos_steps=40, outputs_fn=WithOutputs.curvature_outputs)
+    torch.manual_seed(0)
+    fit(passed, tmp_path, module=WithOutputs())
+    assert own.reading.spectrum.lambda_min.value > -1e-5
+    np.testing.assert_allclose(own.reading.spectrum.nodes, passed.reading.spectrum.nodes)
+    assert own.reading.curvature == "ggn"
+
+
+def test_gradient_covariance_is_positive_and_has_the_rank_of_the_batch(tmp_path):
+    watch = monitor(curvature="gradient_covariance", lanczos_steps=40)
+    fit(watch, tmp_path)
+    spectrum = watch.reading.spectrum
+    assert spectrum.lambda_min.value > -1e-5 * spectrum.lambda_max.value
+    assert len(spectrum.top) <= 15
+
+
+def test_operation_without_second_derivative_falls_back_to_checked_differences(tmp_path):
+    class Bag(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(5, 4), nn.Linear(4, 1)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return mse_loss(torch.tanh(self.head(self.bag(x.abs().long().clamp(max=4)))).squeeze(), y.float())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    watch = monitor()
+    fit(watch, tmp_path, module=Bag())
+    assert any("finite differences" in note for note in watch.reading.notes)
+    assert any("embedding_bag" in note for note in watch.reading.notes)
+
+
+def test_failing_probe_is_a_warning_and_repeated_ones_turn_it_off(tmp_path):
+    def broken(module, batch):
+        raise RuntimeError("no loss today")
+
+    watch = SpectrumMonitor(every_n_steps=2, loss_fn=broken, figures_every=0)
+    with pytest.warns(UserWarning, match="no loss today") as caught:
+        fit(watch, tmp_path)
+    ours = [str(w.message) for w in caught if "SpectrumMonitor" in str(w.message)]
+    assert len(ours) == 3
+    assert "off now" in ours[-1]
+    assert watch.reading is None
+    with pytest.raises(RuntimeError, match="no loss today"):
+        fit(monitor(loss_fn=broken), tmp_path)
+
+
+def test_batches_that_do_not_fit_between_probes_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="don't fit"):
+        fit(monitor(every_n_steps=2, batches=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"every_n_steps": 0}, {"max_overhead": 0.0}, {"max_overhead": 2.0}, {"curvature": "fisher"}, {"lanczos_steps": 0},
+        {"probes": 0}, {"batches": 0}, {"on_error": "ignore"}, {"parameters": []}, {"parameters": "net.*"}, {"name": ""},
+        {"name": "../x"}, {"seed": -1}, {"product": "fast"}, {"figures_every": -1},
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        SpectrumMonitor(**arguments)
+
+
+def test_pattern_without_a_match_names_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match=r"net\.5\.\*.*net\.0\.weight"):
+        fit(monitor(parameters=["net.5.*"]), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["tqdm", "rich"])
+def test_progress_bars_keep_working(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_rmt.live.progress.DELAY_SECONDS", 0.0)
+    bar = {"tqdm": pl.callbacks.TQDMProgressBar, "rich": pl.callbacks.RichProgressBar}[kind]()
+    fit(monitor(), tmp_path, callbacks=[bar], enable_progress_bar=True, max_epochs=2)
+    if kind == "tqdm":
+        assert "measuring the curvature" in capsys.readouterr().err
+
+
+def test_readings_of_a_watched_run_plot_without_a_trainer(tmp_path):
+    from lightning_rmt.__main__ import main
+
+    trainer = fit(monitor(), tmp_path)
+    assert main(["plot", str(trainer.log_dir), "--output", str(tmp_path / "figures")]) in (0, None)
+    assert list((tmp_path / "figures").rglob("*.png"))
