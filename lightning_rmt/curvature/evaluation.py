@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_rmt.curvature.batches import sample_count
-from lightning_rmt.curvature.errors import CurvatureError, explain
+from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError, explain
 from lightning_rmt.curvature.parameters import ParameterBlock
 
 # loss(batch) -> the mean over the batch, or (mean, weight) where the sample count is not the right weight
@@ -20,10 +21,29 @@ Loss: TypeAlias = Callable[[Any], "Tensor | tuple[Tensor, Any]"]
 
 
 class Evaluation(NamedTuple):
-    """A loss at one batch: the scalar with its graph, and the batch's weight in the mean over batches."""
+    """A loss at one batch, and what decides the batch's weight in the mean over batches.
+
+    Attributes:
+        loss: scalar, with its graph.
+        count: the weight as the loss returned it, perhaps a tensor on the device, or the batch's sample
+            count.
+        place: position of the batch.
+    """
 
     loss: Tensor
-    weight: float
+    count: Any
+    place: int
+
+    def weight(self) -> float:
+        """The weight as a number; waits for the device where the loss returned a tensor.
+
+        Raises:
+            ValueError: it is not positive and finite.
+        """
+        weight = float(self.count)
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"batch {self.place} has weight {weight}; it must be positive and finite")
+        return weight
 
 
 @contextmanager
@@ -74,7 +94,7 @@ def evaluate(loss: Callable[..., Any], arguments: tuple[Any, ...], index: int) -
 
     Raises:
         TypeError: the loss is not a tensor.
-        ValueError: it is not a scalar, or no parameter is in its graph, or the weight is not positive.
+        ValueError: it is not a scalar, or no parameter is in its graph.
     """
     torch.clear_autocast_cache()  # an enclosing autocast region keeps casts, which may be stale
     result = loss(*arguments)
@@ -90,10 +110,7 @@ def evaluate(loss: Callable[..., Any], arguments: tuple[Any, ...], index: int) -
             f"the loss of batch {index} has no graph: no parameter with requires_grad=True is in it, or it "
             "was computed under no_grad, detached, or turned into a number"
         )
-    weight = float(sample_count(arguments[-1]) if weight is None else weight)
-    if not 0.0 < weight < float("inf"):
-        raise ValueError(f"batch {index} has weight {weight}; it must be positive and finite")
-    return Evaluation(value.reshape(()), weight)
+    return Evaluation(value.reshape(()), sample_count(arguments[-1]) if weight is None else weight, index)
 
 
 def differentiate(
@@ -116,7 +133,10 @@ def differentiate(
     Raises:
         ValueError: every parameter is frozen, or the loss depends on none of them.
         CurvatureError: ``create_graph`` with a sparse gradient.
+        SecondDerivativeError: ``create_graph`` with an autograd.Function marked ``@once_differentiable``.
     """
+    if create_graph:
+        refuse_once_differentiable(value)
     trainable = [i for i, p in enumerate(block.tensors) if p.requires_grad]
     if not trainable:
         raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to differentiate by")
@@ -143,6 +163,27 @@ def differentiate(
     return gradients
 
 
+def refuse_once_differentiable(value: Tensor) -> None:
+    """Looks for functions that autograd would differentiate a second time to zero, without a word.
+
+    PyTorch puts the error for them off to a node that ``autograd.grad`` with ``inputs`` never reaches.
+    """
+    waiting = [value.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function: Any = getattr(type(node), "_forward_cls", None)  # an autograd.Function written in Python
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
+            raise SecondDerivativeError(f"{function.__name__} (an autograd.Function marked @once_differentiable)")
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__  # all its wrappers share their code
+
+
 class Mean:
     """Weighted means over batches of the loss and of its gradient.
 
@@ -164,9 +205,10 @@ class Mean:
     def add(self, evaluation: Evaluation, gradients: list[Tensor | None]) -> Tensor:
         """Adds one batch and returns its flat detached gradient, shape (size,)."""
         flat = self._block.flatten([None if g is None else g.detach() for g in gradients])
-        self._gradient.add_(flat, alpha=evaluation.weight)
+        weight = evaluation.weight()
+        self._gradient.add_(flat, alpha=weight)
         self._losses.append(evaluation.loss.detach())
-        self.weights.append(evaluation.weight)
+        self.weights.append(weight)
         self.used = [used or g is not None for used, g in zip(self.used, gradients, strict=True)]
         return flat
 

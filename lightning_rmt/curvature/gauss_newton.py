@@ -8,7 +8,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_rmt.curvature.evaluation import Mean, as_batches, differentiable, differentiate, evaluate
+from lightning_rmt.curvature.evaluation import (
+    Mean,
+    as_batches,
+    differentiable,
+    differentiate,
+    evaluate,
+    refuse_once_differentiable,
+)
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
 
@@ -71,11 +78,11 @@ class GaussNewton(CurvatureOperator):
     ) -> None:
         super().__init__(ParameterBlock(parameters))
         self._graphs: list[_Graphs] = []
-        mean = Mean(self.block)
         with differentiable():
+            mean = Mean(self.block)
             for index, batch in enumerate(as_batches(batches)):
                 self._graphs.append(self._build(outputs, loss, batch, index, mean))
-        self._describe(mean)
+            self._describe(mean)
         self._fractions = mean.fractions
 
     def _build(
@@ -96,6 +103,7 @@ class GaussNewton(CurvatureOperator):
         seen = [item.detach().requires_grad_() if item.requires_grad else item for item in items]
         leaves = [item for item in seen if item.requires_grad]
         evaluation = evaluate(loss, (_like(produced, seen), batch), index)
+        refuse_once_differentiable(evaluation.loss)
         slopes = torch.autograd.grad(evaluation.loss, leaves, create_graph=True, allow_unused=True)
         if all(slope is None for slope in slopes):
             raise ValueError(f"the loss of batch {index} does not depend on the outputs")

@@ -59,13 +59,13 @@ class GradientCovariance(CurvatureOperator):
     def __init__(self, loss: Loss, parameters: Parameters, batches: Iterable[Any], microbatch: int = 1) -> None:
         super().__init__(ParameterBlock(parameters))
         parts = [part for batch in as_batches(batches) for part in micro_batches(batch, microbatch)]
-        self._rows = self._zeros(len(parts))  # gradients; centred and scaled at the first product
-        mean = Mean(self.block)
         with differentiable():
+            self._rows = self._zeros(len(parts))  # gradients; centred and scaled at the first product
+            mean = Mean(self.block)
             for index, part in enumerate(parts):
                 evaluation = evaluate(loss, (part,), index)
                 self._rows[index] = mean.add(evaluation, differentiate(evaluation.loss, self.block, index))
-        self._describe(mean)
+            self._describe(mean)
         self._weights = mean.weights
         self._scaled = False
         self.parts = len(parts)

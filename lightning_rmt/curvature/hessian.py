@@ -75,15 +75,15 @@ class Hessian(CurvatureOperator):
         self._random = RandomState(p.device for p in self.block.tensors)
         self._graphs: list[_GradientGraph] = []
         self._rerun = None if keep_graphs else (loss, listed)
-        mean = Mean(self.block)
         with differentiable():
+            mean = Mean(self.block)
             for index, batch in enumerate(listed):
                 evaluation, gradients = self._evaluate(loss, batch, index)
                 mean.add(evaluation, gradients)
                 if keep_graphs:
                     self._graphs.append(_graph(gradients))
                 del evaluation, gradients  # before the next batch needs the memory
-        self._describe(mean)
+            self._describe(mean)
         self._fractions = mean.fractions
 
     def _evaluate(self, loss: Loss, batch: Any, index: int) -> tuple[Evaluation, list[Tensor | None]]:
