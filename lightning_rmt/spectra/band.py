@@ -1,7 +1,8 @@
 """Rigorous bounds on the distribution function: the Chebyshev-Markov-Stieltjes inequalities.
 
 Among all measures with the moments that a run has measured, the mass to the left of x lies between the two sums of the
-quadrature that has x as a node (Akhiezer 1965, section 2.5; Golub and Meurant 2010, section 6.2 for the quadrature with a prescribed node).
+quadrature that has x as a node (Akhiezer 1965, section 2.5; Golub and Meurant 2010, section 6.2, for the quadrature with
+a prescribed node).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 For a spectral measure on one interval the coefficients settle at ``(a + b)/2`` and ``(b - a)/4`` (Mate, Nevai and Totik
 1985), whatever outliers there are; Abi Younes, Ding and Trogdon (2025) count spikes with it. Networks mostly have heavy
-tailed bulks, whose coefficients never settle: an edge read from them moves with the number of steps. Two gates keep those out.
+tailed bulks, whose coefficients never settle: an edge read from them moves with the number of steps. Two gates keep those
+out.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_rmt.spectra.levels import RESOLVED_SHARE, SIMPLE_WEIGHT, RitzLevels
+from lightning_rmt.spectra.masses import ZeroMass
 from lightning_rmt.spectra.quadrature import Quadrature
 
 
@@ -31,8 +32,8 @@ class Pieces:
 
     Attributes:
         atoms: ascending.
-        nodes: per probe, ascending.
-        weights: per probe, summing to one minus the atoms' mass (nearly: each probe sees the atoms a little differently).
+        nodes: per probe, ascending, at least two; no entry for a probe that sees atoms only.
+        weights: per probe, summing to one minus the atoms' mass.
     """
 
     atoms: tuple[Atom, ...]
@@ -40,51 +41,57 @@ class Pieces:
     weights: tuple[NDArray[np.float64], ...]
 
 
-def pieces(quadrature: Quadrature, levels: RitzLevels | None, apart: Sequence[float]) -> Pieces:
+def pieces(quadrature: Quadrature, levels: RitzLevels | None, apart: Sequence[float], zero: ZeroMass) -> Pieces:
     """Splits the measure.
+
+    Atoms are the levels that stand apart, the mass at zero, converged nodes of a weight that no simple level has, and
+    whatever has no neighbour to be spread towards.
 
     Args:
         quadrature: the measure.
-        levels: of the trusted run: converged nodes of a weight that no simple level has are atoms.
-        apart: levels that stand apart, atoms too.
+        levels: of the trusted run.
+        apart: levels that stand apart.
+        zero: the atom at zero, if any.
     """
-    locations, reach = _atom_places(quadrature, levels, apart)
+    probes = [quadrature.probe(index) for index in range(len(quadrature.rests))]
+    locations, reach = _atom_places(quadrature, levels, apart, zero)
     masses = np.zeros(locations.size)
     nodes, weights = [], []
-    for index in range(len(quadrature.rests)):
-        x, w = quadrature.probe(index)
+    for x, w in probes:
         if locations.size:
-            nearest = np.abs(x[:, None] - locations[None, :])
-            owner = np.argmin(nearest, axis=1)
-            taken = nearest[np.arange(x.size), owner] <= reach[owner]
+            distance = np.abs(x[:, None] - locations[None, :])
+            owner = np.argmin(np.where(distance <= reach, distance, np.inf), axis=1)
+            taken = distance[np.arange(x.size), owner] <= reach[owner]
             masses += np.bincount(owner[taken], weights=w[taken], minlength=locations.size)
             x, w = x[~taken], w[~taken]
         nodes.append(x)
         weights.append(w)
-    masses /= len(quadrature.rests)
-    atoms = tuple(Atom(float(x), float(m)) for x, m in zip(locations, masses, strict=True))
+    masses /= len(probes)
+    atoms = [Atom(float(x), float(m)) for x, m in zip(locations, masses, strict=True)]
     # Each probe's continuous part is scaled to the common mass, so that the density and the atoms make one.
     remaining = 1 - float(masses.sum())
-    scaled = tuple(w * (remaining / w.sum()) if w.size else w for w in weights)
-    return Pieces(atoms, tuple(nodes), scaled)
+    smooth = [(x, w * (remaining / w.sum())) for x, w in zip(nodes, weights, strict=True) if x.size > 1]
+    if not smooth and remaining > 1e-12:
+        lone = [x[0] for x in nodes if x.size]
+        atoms.append(Atom(float(np.mean(lone)), remaining))
+    atoms.sort(key=lambda atom: atom.location)
+    return Pieces(tuple(atoms), tuple(x for x, _ in smooth), tuple(w for _, w in smooth))
 
 
 def _atom_places(
-    quadrature: Quadrature, levels: RitzLevels | None, apart: Sequence[float]
+    quadrature: Quadrature, levels: RitzLevels | None, apart: Sequence[float], zero: ZeroMass
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Locations of the atoms, ascending, and within what distance a probe's nodes belong to each."""
-    places = {float(x) for x in apart}
+    """Locations of the atoms, and within what distance a probe's nodes belong to each."""
+    places: dict[float, float] = {}
     if levels is not None:
-        values = levels.values
-        gaps = np.diff(values)
-        room = np.minimum(np.r_[np.inf, gaps], np.r_[gaps, np.inf])
-        heavy = (levels.weights * quadrature.size > SIMPLE_WEIGHT) & (levels.residuals <= 0.01 * RESOLVED_SHARE * room)
-        places |= {float(x) for x in values[heavy]}
-        locations = np.array(sorted(places))
-        index = np.searchsorted(values, locations)
-        return locations, 0.5 * np.where(np.isfinite(room[index]), room[index], np.inf)
-    locations = np.array(sorted(places))
-    return locations, np.zeros(locations.size)
+        gaps = np.append(np.append(np.inf, np.diff(levels.values)), np.inf)
+        room = np.minimum(gaps[:-1], gaps[1:])
+        heavy = (levels.weights * quadrature.size > SIMPLE_WEIGHT) & (levels.residuals <= RESOLVED_SHARE * room)
+        chosen = heavy | np.isin(levels.values, np.asarray(apart))
+        places = {float(x): float(r) / 2 for x, r in zip(levels.values[chosen], room[chosen], strict=True)}
+    if zero.found:
+        places = {x: r for x, r in places.items() if abs(x) > zero.width} | {0.0: zero.width}
+    return np.array(list(places)), np.array(list(places.values()))
 
 
 def widths(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -92,8 +99,6 @@ def widths(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
 
     No constant width works: the nodes are far apart where the spectrum is thin and close where it is dense.
     """
-    if nodes.size < 2:
-        return np.full(nodes.size, max(float(np.abs(nodes).max(initial=0.0)), 1e-300))
     return np.asarray(np.gradient(nodes))
 
 
@@ -109,7 +114,7 @@ def density(parts: Pieces, x: ArrayLike, stretch: float = 1.0) -> NDArray[np.flo
     total = np.zeros(points.shape)
     for nodes, weights in zip(parts.nodes, parts.weights, strict=True):
         total += _kernels(points, nodes, stretch * widths(nodes)) @ weights
-    return total / len(parts.nodes)
+    return total / max(len(parts.nodes), 1)
 
 
 def density_band(
@@ -127,7 +132,7 @@ def density_band(
     for nodes, weights in zip(parts.nodes, parts.weights, strict=True):
         kernels = _kernels(points, nodes, widths(nodes))
         variance += (kernels**2) @ weights - (kernels @ weights) ** 2
-    probes = len(parts.nodes)
+    probes = max(len(parts.nodes), 1)
     sampling = z * np.sqrt(2 / (size + 2) * (variance / probes).clip(0) / probes)
     resolution = np.abs(density(parts, points, stretch=1.5) - middle)
     half = sampling + resolution
@@ -205,7 +210,7 @@ def _smooth_part(
     """Mid-weight curve, from 0 half a node's distance outside the first node to the full mass outside the last."""
     upto = np.cumsum(weights)
     if nodes.size == 1:
-        return np.repeat(nodes, 2), np.array([0.0, upto[-1]])
+        return np.append(nodes, nodes), np.array([0.0, upto[-1]])
     first = max(nodes[0] - (nodes[1] - nodes[0]) / 2, low_cut)
     last = min(nodes[-1] + (nodes[-1] - nodes[-2]) / 2, high_cut)
     return np.r_[first, nodes, last], np.r_[0.0, upto - weights / 2, upto[-1]]

@@ -26,6 +26,8 @@ CERTIFIED_ERROR = 1e-9
 CERTIFIED_FLOOR = 1e-6
 #: A simple eigenvalue's weight times n is chi-squared with one degree of freedom: above 16 with probability 6e-5.
 SIMPLE_WEIGHT = 16.0
+#: A Ritz value with less than this share of its neighbour's weight, and not told from it, is a copy made by rounding.
+COPY_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,14 @@ def _distinct(
 ) -> RitzLevels:
     scale = float(np.abs(values).max())
     rounding = noise * scale
-    # Two converged values within rounding of each other are one eigenvalue: a ghost, or a copy of a degenerate one.
-    converged = residuals <= 10 * rounding
-    same = converged[1:] & converged[:-1] & (np.diff(values) <= 10 * rounding)
-    first = np.flatnonzero(np.concatenate([[True], ~same]))
-    copies = np.diff(np.append(first, values.size))
-    weights = np.add.reduceat(weights, first)
-    # The heaviest copy would be the best value; they differ by rounding only, so take the first.
-    values, raw = values[first], residuals[first]
+    values, raw, weights, copies = _without_copies(values, residuals, weights, rounding)
     gaps = np.diff(values)
     room = _nearest(gaps, gaps)
     clear = _nearest(gaps - raw[:-1], gaps - raw[1:])
     with np.errstate(divide="ignore", invalid="ignore"):
         temple = np.where(clear > 0, raw**2 / clear, np.inf)
     total = raw + rounding
-    resolved = (total <= RESOLVED_SHARE * room) | (complete & (room > 0))
+    resolved = total <= RESOLVED_SHARE * room
     return RitzLevels(
         values=values,
         residuals=total,
@@ -174,6 +169,34 @@ def _distinct(
         complete=complete,
         steps=steps,
     )
+
+
+def _without_copies(
+    values: NDArray[np.float64], residuals: NDArray[np.float64], weights: NDArray[np.float64], rounding: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
+    """Merges Ritz values that stand for one eigenvalue.
+
+    Rounding lets further copies of a degenerate eigenvalue in, late. A copy that has converged sits within rounding
+    of the first. One that is converging is betrayed by its weight: it comes from rounding errors alone, while another
+    eigenvalue that happens to be so near would have about the weight of its neighbour.
+    """
+    copies = np.ones(values.size, dtype=np.intp)
+    while values.size > 1:
+        gaps = np.diff(values)
+        beside = np.minimum(
+            np.append(np.inf, gaps[:-1]), np.append(gaps[1:], np.inf)
+        )  # from the pair to its neighbours
+        worse = np.maximum(residuals[1:], residuals[:-1])
+        light = np.minimum(weights[1:], weights[:-1]) <= COPY_WEIGHT * np.maximum(weights[1:], weights[:-1])
+        same = (worse <= 10 * rounding) & (gaps <= 10 * rounding)
+        same |= light & (gaps <= worse + rounding) & (worse <= RESOLVED_SHARE * beside)
+        if not same.any():
+            break
+        first = np.flatnonzero(np.append(True, ~same))
+        best = [a + int(np.argmax(weights[a:b])) for a, b in zip(first, np.append(first[1:], values.size), strict=True)]
+        values, residuals = values[best], residuals[best]
+        weights, copies = np.add.reduceat(weights, first), np.add.reduceat(copies, first)
+    return values, residuals, weights, copies
 
 
 def _nearest(to_lower: NDArray[np.float64], to_upper: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -112,7 +112,7 @@ def free_cumulants(quadrature: Quadrature, outliers: NDArray[np.float64]) -> Fre
     d4 = np.array([-4 * m3 + 20 * m1 * m2 - 20 * m1**3, -4 * m2 + 10 * m1**2, -4 * m1, 1.0])
 
     def estimate(value: float, gradient: NDArray[np.float64]) -> Estimate:
-        return Estimate(float(value), _root(gradient @ covariance @ gradient))
+        return Estimate(float(value), _root(float(gradient @ covariance @ gradient)))
 
     if k2 > 0:
         skew = estimate(k3 / k2**1.5, d3 / k2**1.5 - 1.5 * k3 / k2**2.5 * d2)

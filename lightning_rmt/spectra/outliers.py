@@ -129,8 +129,8 @@ def find_outliers(
     """
     edges = [None] * len(probes) if edges is None else list(edges)
     mirrored = [None if edge is None else edge.mirrored() for edge in edges]
-    high = [_one_side(levels, size, edge) for levels, edge in zip(probes, edges, strict=True)]
-    low = [_one_side(levels.mirrored(), size, edge) for levels, edge in zip(probes, mirrored, strict=True)]
+    high = [_one_side(levels, size, edge, 1) for levels, edge in zip(probes, edges, strict=True)]
+    low = [_one_side(levels.mirrored(), size, edge, -1) for levels, edge in zip(probes, mirrored, strict=True)]
     return Outliers(high=_agreed(high), low=_negated(_agreed(low)))
 
 
@@ -202,30 +202,40 @@ def _negated(side: OutlierSide) -> OutlierSide:
     )
 
 
-def _one_side(levels: RitzLevels, size: int, edge: CoefficientEdge | None) -> OutlierSide:
-    """The rule at the upper end."""
+def _one_side(levels: RitzLevels, size: int, edge: CoefficientEdge | None, sign: int) -> OutlierSide:
+    """The rule at the upper end; ``sign`` is -1 for the levels of ``-H``, and only the words need it."""
     gap = _widest_gap(levels, size)
     if edge is not None and edge.converged:
-        return _beyond_edge(levels, size, edge, gap)
+        return _beyond_edge(levels, size, edge, gap, sign)
     if gap is not None and gap.grade > 0:
-        return _above_gap(levels, gap)
+        return _above_gap(levels, gap, sign)
     if gap is not None:
         words = (
             f"no outlier count: eigenvalues thin out without a gap (widest x{gap.ratio:.2f} after {gap.levels}, "
-            f"{gap.spacings:.1f} local spacings, need {LIKELY_SPACINGS:.0f}) on this curvature batch"
+            f"{gap.spacings:.1f} local spacings, need {_needed(gap)}) on this curvature batch"
         )
         return _refusal(gap, words)
     return _refusal(None, f"no outlier count: {_why_no_gap(levels)} on this curvature batch")
 
 
+def _needed(gap: _Gap) -> str:
+    """What the gap lacks, in words."""
+    if gap.spacings < LIKELY_SPACINGS:
+        return f"{LIKELY_SPACINGS:.0f}"
+    if gap.ratio < LIKELY_RATIO:
+        return f"{CLEAR_SPACINGS:.0f}, or {LIKELY_SPACINGS:.0f} and a ratio of {LIKELY_RATIO}"
+    return f"{CLEAR_SPACINGS:.0f} while the levels behind it are not resolved: raise the number of steps"
+
+
 def _why_no_gap(levels: RitzLevels) -> str:
     above = int((levels.values > levels.floor).sum())
     if levels.complete:
-        return f"only {above} eigenvalues above the noise floor"
-    return f"only {min(levels.resolved_high, above)} levels resolved at m={levels.steps}; raise the number of steps"
+        return f"only {_counted(above, 'eigenvalue')} above the noise floor"
+    found = min(levels.resolved_high, above)
+    return f"only {_counted(found, 'level')} resolved at m={levels.steps}; raise the number of steps"
 
 
-def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap | None) -> OutlierSide:
+def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap | None, sign: int) -> OutlierSide:
     """Ritz values beyond a converged bulk edge, with residuals that leave no doubt at which side they are."""
     descending = np.arange(levels.values.size)[::-1]
     beyond = int((levels.values > edge.high + edge.margin).sum())
@@ -238,7 +248,7 @@ def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap
     unresolved = count < beyond
     at_least = unresolved or (levels.steps is not None and levels.steps < STEPS_FOR_COUNT and not levels.complete)
     words = (
-        f"{_number(count, at_least)} beyond the bulk edge {edge.high:.3g} (late coefficients converged, "
+        f"{_number(count, at_least)} beyond the bulk edge {sign * edge.high:.3g} (late coefficients converged, "
         f"cv {edge.variation:.3f}, drift {edge.drift:.3f}) on this curvature batch"
     )
     return OutlierSide(
@@ -258,7 +268,7 @@ def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap
     )
 
 
-def _above_gap(levels: RitzLevels, gap: _Gap) -> OutlierSide:
+def _above_gap(levels: RitzLevels, gap: _Gap, sign: int) -> OutlierSide:
     at_least = levels.steps is not None and levels.steps < STEPS_FOR_COUNT and not levels.complete
     if gap.multiplicity > 1:
         words = (
@@ -267,7 +277,7 @@ def _above_gap(levels: RitzLevels, gap: _Gap) -> OutlierSide:
     elif gap.grade == 2:
         words = (
             f"{_number(gap.levels, at_least)}: gap x{gap.ratio:.2f} = {gap.spacings:.1f} local spacings below the "
-            f"last of them; next eigenvalue {gap.next_value:.3g}"
+            f"last of them; next eigenvalue {sign * gap.next_value:.3g}"
         )
     else:
         words = (
@@ -293,7 +303,11 @@ def _above_gap(levels: RitzLevels, gap: _Gap) -> OutlierSide:
 
 
 def _number(count: int, at_least: bool) -> str:
-    return f"{'>= ' if at_least else ''}{count} outlier{'' if count == 1 else 's'}"
+    return f"{'>= ' if at_least else ''}{_counted(count, 'outlier')}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _widest_gap(levels: RitzLevels, size: int) -> _Gap | None:
@@ -379,7 +393,8 @@ def _gap_below(ladder: _Ladder, k: int) -> _Gap | None:
     read = np.interp(base + np.arange(followers + 1), places, np.repeat(ladder.values[k:], 2))
     spacings = (k + 1 + np.arange(followers)) * np.log(read[:-1] / read[1:])
     ratio = value / (following + uncertainty)
-    width = k * math.log(ratio) / max(float(spacings.mean()), 1e-12) if ratio > 1 else 0.0
+    # Spacings inside a clump are zero; none below the tolerance for degeneracy is told from that.
+    width = k * math.log(ratio) / max(float(spacings.mean()), NEAR_DEGENERATE) if ratio > 1 else 0.0
 
     entry = np.interp(base + np.arange(1, followers + 1), ladder.start[k:], np.arange(k, ladder.values.size))
     entry_index = np.minimum(np.ceil(entry - 1e-9).astype(int), ladder.values.size - 1)

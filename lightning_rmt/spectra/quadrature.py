@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
-from lightning_rmt.spectra.levels import SIMPLE_WEIGHT, RitzLevels
+from lightning_rmt.spectra.levels import SIMPLE_WEIGHT, RitzLevels, noise_floor
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class Quadrature:
         low_cut: boundary between ``low`` and the rest (minus infinity without low levels).
         high_cut: boundary between the rest and ``high`` (infinity without high levels).
         rests: one entry per probe.
+        rounding: nodes nearer than this are not told apart.
     """
 
     size: int
@@ -53,6 +54,7 @@ class Quadrature:
     low_cut: float
     high_cut: float
     rests: tuple[Rest, ...]
+    rounding: float
 
     @property
     def levels(self) -> NDArray[np.float64]:
@@ -65,17 +67,30 @@ class Quadrature:
         return self.size - self.low.size - self.high.size
 
     def probe(self, index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Nodes (ascending) and weights (summing to 1) of one probe, exact levels included."""
+        """Nodes (ascending, told apart) and weights (summing to 1) of one probe, exact levels included.
+
+        Nodes within rounding of each other are one, and nodes that stand for less than a thousandth of a level are left
+        out: both are copies made by rounding, and would pass for resolution that isn't there.
+        """
         rest = self.rests[index]
-        weights = [
+        nodes, weights = rest.nodes, rest.weights
+        if nodes.size:
+            first = np.flatnonzero(np.append(True, np.diff(nodes) > self.rounding))
+            mass = np.add.reduceat(weights, first)
+            nodes = np.add.reduceat(weights * nodes, first) / np.where(mass > 0, mass, 1.0)
+            bears = mass * self.rest_size >= 1e-3
+            nodes, weights = nodes[bears], mass[bears] / mass[bears].sum()
+        all_weights = [
             np.full(self.low.size, 1 / self.size),
-            rest.weights * (self.rest_size / self.size),
+            weights * (self.rest_size / self.size),
             np.full(self.high.size, 1 / self.size),
         ]
-        return np.concatenate([self.low, rest.nodes, self.high]), np.concatenate(weights)
+        return np.concatenate([self.low, nodes, self.high]), np.concatenate(all_weights)
 
 
-def exact_weight_quadrature(runs: Sequence[Tridiagonal], levels: RitzLevels | None, size: int) -> Quadrature:
+def exact_weight_quadrature(
+    runs: Sequence[Tridiagonal], levels: RitzLevels | None, size: int, noise: float
+) -> Quadrature:
     """Puts the exact weights of the resolved simple levels into every probe.
 
     The levels come from one reorthogonalised run. In every probe, also a three-vector one in which each converged level
@@ -86,6 +101,7 @@ def exact_weight_quadrature(runs: Sequence[Tridiagonal], levels: RitzLevels | No
         runs: all probes of the operator.
         levels: of the run whose levels are trusted; None where no run was reorthogonalised.
         size: n.
+        noise: relative rounding error of a product.
     """
     none = np.empty(0)
     low, high, low_cut, high_cut = none, none, -np.inf, np.inf
@@ -94,7 +110,8 @@ def exact_weight_quadrature(runs: Sequence[Tridiagonal], levels: RitzLevels | No
         mirrored, cut = _simple_from_the_top(levels.mirrored(), size)
         low, low_cut = -mirrored[::-1], -cut
     rests = tuple(_rest(run, low_cut, high_cut) for run in runs)
-    return Quadrature(size, low, high, low_cut, high_cut, rests)
+    rounding = noise_floor(noise) * max(float(np.abs(run.nodes).max()) for run in runs)
+    return Quadrature(size, low, high, low_cut, high_cut, rests, rounding)
 
 
 def _simple_from_the_top(levels: RitzLevels, size: int) -> tuple[NDArray[np.float64], float]:
@@ -104,7 +121,12 @@ def _simple_from_the_top(levels: RitzLevels, size: int) -> tuple[NDArray[np.floa
     if levels.complete and values.size < size:
         # Fewer distinct values than eigenvalues: some value is degenerate, most likely the heaviest.
         simple[np.argmax(weights)] = False
-    simple[levels.resolved_high :] = False
+    trusted = levels.resolved_high
+    if trusted and not levels.certified()[-trusted]:
+        # Which level comes last depends on the weights: a heavy one converges earlier, and would then lose its surplus. To
+        # leave the last one out unless it is beyond doubt halves that bias, and spares the rare last level that is one off.
+        trusted -= 1
+    simple[trusted:] = False
     count = int(simple.size if simple.all() else np.argmin(simple))
     if count == 0:
         return np.empty(0), np.inf

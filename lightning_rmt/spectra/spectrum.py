@@ -86,7 +86,7 @@ class Spectrum:
 
     @cached_property
     def _quadrature(self) -> Quadrature:
-        return exact_weight_quadrature(self.runs, self._levels, self.size)
+        return exact_weight_quadrature(self.runs, self._levels, self.size, self.noise)
 
     # --- levels ---------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Spectrum:
     @cached_property
     def _pieces(self) -> density.Pieces:
         apart = [*self.outliers.high.values, *self.outliers.low.values]
-        return density.pieces(self._quadrature, self._levels, apart)
+        return density.pieces(self._quadrature, self._levels, apart, self._zero)
 
     @cached_property
     def _distribution(self) -> density.Distribution:
@@ -221,21 +221,23 @@ class Spectrum:
 
     @cached_property
     def zero_mass_bounds(self) -> tuple[float, float]:
-        """Bounds on the share of eigenvalues within `zero_width` of zero (0, 0 without an atom there)."""
-        if self.zero_width == 0:
-            return (self.zero_mass, self.zero_mass)
+        """Bounds on the share of eigenvalues within `zero_width` of zero (at zero, without an atom), from `cdf_band`."""
         lower, upper = self.cdf_band(np.array([-self.zero_width, self.zero_width]))
         return max(0.0, float(lower[1] - upper[0])), min(1.0, float(upper[1] - lower[0]))
 
     @property
+    def _below_zero(self) -> NDArray[np.float64]:
+        return np.array(-max(self.zero_width, np.finfo(np.float64).tiny))
+
+    @property
     def negative_mass(self) -> float:
         """Share of eigenvalues below zero; below minus `zero_width` where there is an atom at zero."""
-        return float(self.cdf(-self.zero_width))
+        return float(self.cdf(self._below_zero))
 
     @cached_property
     def negative_mass_bounds(self) -> tuple[float, float]:
-        """Bounds on `negative_mass`."""
-        lower, upper = self.cdf_band(np.array(-self.zero_width))
+        """Bounds on `negative_mass`, from `cdf_band`."""
+        lower, upper = self.cdf_band(self._below_zero)
         return float(lower), float(upper)
 
     # --- files ----------------------------------------------------------------------------------------------------
@@ -289,8 +291,9 @@ class Spectrum:
 
     def save(self, path: str | Path) -> None:
         """Writes the measurement to ``path`` as .npz: plain arrays, no pickle."""
+        arrays: dict[str, Any] = dict(self.to_arrays())
         with open(path, "wb") as file:
-            np.savez_compressed(file, **self.to_arrays())
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Spectrum:
