@@ -1,0 +1,131 @@
+"""LightningCLI of both namespaces parses every argument of the monitor, from a YAML file and from the command line."""
+
+from __future__ import annotations
+
+import inspect
+
+import lightning.pytorch as lightning_pl
+import lightning.pytorch.cli as lightning_cli
+import pytest
+import pytorch_lightning as pl
+import pytorch_lightning.cli as pl_cli
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rmt import SpectrumMonitor
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:.*logging interval.*",
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # of how Lightning calls it
+)
+
+ARGUMENTS = {
+    "every_n_steps": 2,
+    "max_overhead": 0.1,
+    "curvature": "ggn",
+    "lanczos_steps": 7,
+    "probes": 2,
+    "batches": 1,
+    "loss_fn": "tests_of_cli.loss_fn",
+    "outputs_fn": "tests_of_cli.outputs_fn",
+    "parameters": ["net.*"],
+    "levels": None,
+    "product": "exact",
+    "autocast": True,
+    "seed": 3,
+    "name": "watch",
+    "on_error": "raise",
+    "figures_every": 0,
+    "custom_scalars": True,
+}
+
+
+def loss_fn(module, batch):
+    return module.training_step(batch, 0)
+
+
+def outputs_fn(module, batch):
+    return module.net(batch[0]), lambda outputs: (outputs**2).mean()
+
+
+def module_class(base):
+    class Module(base):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0]) ** 2).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.randn(8, 3)), batch_size=2)
+
+    return Module
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tests_of_cli", sys.modules[__name__])
+
+
+def run(namespace, cli, tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", *arguments])
+    return cli.LightningCLI(
+        module_class(namespace.LightningModule),
+        trainer_defaults={
+            "default_root_dir": str(tmp_path), "max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False,
+            "enable_checkpointing": False, "enable_model_summary": False,
+        },
+        save_config_callback=None,
+        seed_everything_default=0,
+    )  # fmt: skip
+
+
+BOTH = pytest.mark.parametrize(
+    ("namespace", "cli"), [(pl, pl_cli), (lightning_pl, lightning_cli)], ids=["pytorch_lightning", "lightning.pytorch"]
+)
+
+
+def test_every_argument_is_covered():
+    assert set(ARGUMENTS) == set(inspect.signature(SpectrumMonitor).parameters)
+
+
+@BOTH
+def test_yaml(namespace, cli, tmp_path, monkeypatch):
+    config = {"trainer": {"callbacks": [{"class_path": "lightning_rmt.SpectrumMonitor", "init_args": ARGUMENTS}]}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    trainer = run(namespace, cli, tmp_path, monkeypatch, ["--config", str(path)]).trainer
+    watch = next(callback for callback in trainer.callbacks if isinstance(callback, SpectrumMonitor))
+    assert watch.reading.name == "watch"
+    assert watch.reading.curvature == "ggn"
+    assert watch.reading.spectrum.products == 2 * 4
+    assert watch.loss_fn is loss_fn
+    assert [entry.step for entry in watch.history] == [0, 2]
+
+
+@BOTH
+def test_command_line(namespace, cli, tmp_path, monkeypatch):
+    arguments = ["--trainer.callbacks=SpectrumMonitor", "--trainer.callbacks.every_n_steps=3"]
+    trainer = run(namespace, cli, tmp_path, monkeypatch, [*arguments, "--trainer.callbacks.lanczos_steps=2"]).trainer
+    watch = next(callback for callback in trainer.callbacks if isinstance(callback, SpectrumMonitor))
+    assert [entry.step for entry in watch.history] == [0, 3]
+
+
+@BOTH
+@pytest.mark.parametrize(("argument", "value"), [("every_n_steps", "often"), ("curvature", "fisher"), ("on_error", "x")])
+def test_wrong_types_are_refused_by_the_parser(namespace, cli, tmp_path, monkeypatch, argument, value, capsys):
+    with pytest.raises(SystemExit):
+        run(
+            namespace, cli, tmp_path, monkeypatch,
+            ["--trainer.callbacks=lightning_rmt.SpectrumMonitor", f"--trainer.callbacks.{argument}={value}"],
+        )  # fmt: skip
+    assert argument in capsys.readouterr().err
