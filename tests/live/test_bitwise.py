@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from bitwise_cases import CASES
-from harness import Case, Fingerprint, ProductProbe, differences, train
+from harness import EVERY, Case, Fingerprint, ProductProbe, differences, train
 
 import lightning_rmt.live.fence
+from lightning_rmt import SpectrumMonitor
 
 
 @cache
@@ -29,6 +30,13 @@ def test_training_is_the_same_with_products_behind_the_fence(case, hook, tmp_pat
     probed = train(case, tmp_path_factory.getbasetemp(), probe)
     assert differences(probed, control(case, tmp_path_factory.getbasetemp())) == []
     assert probe.taken > 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_is_the_same_with_a_spectrum_monitor(case, tmp_path):
+    monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, loss_fn=case.loss_fn, on_error="raise")
+    assert differences(train(case, tmp_path, monitor), train(case, tmp_path)) == []
+    assert monitor.history
 
 
 def case_named(name: str) -> Case:
