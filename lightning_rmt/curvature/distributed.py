@@ -32,6 +32,7 @@ class RankSum:
         size: dimension n.
         device: of the vectors, the local operator's.
         dtype: of the vectors.
+        noise: relative rounding error of a product.
         samples: total weight of the batches over all ranks.
         loss_value: weighted mean loss over all ranks.
         gradient: weighted mean gradient over all ranks, shape (size,).
@@ -52,6 +53,7 @@ class RankSum:
         self.operator = operator
         self.group = group
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.noise = operator.noise
         self.products = 0
         self.error: Exception | None = None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_rmt.curvature.evaluation import Mean, differentiable
 from lightning_rmt.curvature.parameters import ParameterBlock
+from lightning_rmt.krylov.lanczos import rounding_noise
 
 _Operator = TypeVar("_Operator", bound="CurvatureOperator")
 
@@ -23,6 +24,8 @@ class CurvatureOperator(ABC):
         size: dimension n.
         device: of the vectors.
         dtype: of the vectors, float32 or float64.
+        noise: relative rounding error of a product, from the least precise parameter: half precision
+            parameters have half precision products, though the vectors are float32.
         samples: total weight of the batches; the number of samples unless the loss returned weights of its
             own.
         loss_value: weighted mean loss over the batches.
@@ -41,6 +44,7 @@ class CurvatureOperator(ABC):
         self.size = block.size
         self.device = block.device
         self.dtype = block.dtype
+        self.noise = max(rounding_noise(t.dtype) for t in block.tensors)
         self.products = 0
         self._released = False
 
