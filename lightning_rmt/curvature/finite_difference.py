@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -47,7 +48,12 @@ class FiniteDifferenceCheck(NamedTuple):
     @property
     def ok(self) -> bool:
         """Whether all three are small enough (NaN is not)."""
-        return self.roughness <= _ROUGHNESS and max(self.disagreement, self.asymmetry) <= self.tolerance
+        return self.roughness <= _ROUGHNESS and self.error <= self.tolerance
+
+    @property
+    def error(self) -> float:
+        """The larger of disagreement and asymmetry; NaN if either is."""
+        return _worst(self.disagreement, self.asymmetry)
 
 
 class FiniteDifferenceHessian(CurvatureOperator):
@@ -72,6 +78,10 @@ class FiniteDifferenceHessian(CurvatureOperator):
             the machine epsilon), a quarter and a sixteenth of it.
         tolerance: the largest disagreement and asymmetry that pass; infinity to take what comes, without a
             test.
+
+    Attributes:
+        step: the step h in use.
+        checked: the check that the constructor made, or None for an infinite tolerance.
 
     Raises:
         TypeError: the loss is not a tensor, or the parameters aren't.
@@ -121,12 +131,13 @@ class FiniteDifferenceHessian(CurvatureOperator):
         self._scale = 1.0 + float(point.double().norm())
         finest = torch.finfo(self.dtype).eps ** (1 / 3) * self._scale
         self.step = finest if step is None else step
+        self.checked: FiniteDifferenceCheck | None = None
         if tolerance < float("inf"):
             candidates = [finest, finest / 4, finest / 16] if step is None else [step]
-            best = min(self._checks(candidates, tolerance), key=lambda c: max(c.disagreement, c.asymmetry))
+            best = min(self._checks(candidates, tolerance), key=_rank)
             if not best.ok:
                 raise CurvatureError(_refusal(best))
-            self.step = best.step
+            self.step, self.checked = best.step, best
         self.products = 0
 
     def check(self, tolerance: float = 0.02) -> FiniteDifferenceCheck:
@@ -144,7 +155,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
             for _ in range(2)
         )
         coarse = _COARSE * self._scale
-        roughness = max(_difference(self._product(x, 4 * coarse), self._product(x, coarse)) for x in (u, other))
+        roughness = _worst(*(_difference(self._product(x, 4 * coarse), self._product(x, coarse)) for x in (u, other)))
         lengths = [*steps, steps[-1] / 4]
         from_u = [self._product(u, h) for h in lengths]
         v = _direction(from_u[-1])
@@ -152,7 +163,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
         return [
             FiniteDifferenceCheck(
                 roughness,
-                max(_difference(at_u[0], at_u[1]), _difference(at_v[0], at_v[1])),
+                _worst(_difference(at_u[0], at_u[1]), _difference(at_v[0], at_v[1])),
                 _ratio((u @ at_v[0] - v @ at_u[0]).abs(), at_u[0].norm()),
                 h,
                 tolerance,
@@ -199,6 +210,15 @@ class FiniteDifferenceHessian(CurvatureOperator):
         super().release()
         self._loss = None
         self._batches = []
+
+
+def _worst(*numbers: float) -> float:
+    """The maximum, NaN if any is: Python's own max depends on where the NaN stands."""
+    return math.nan if any(math.isnan(number) for number in numbers) else max(numbers)
+
+
+def _rank(check: FiniteDifferenceCheck) -> float:
+    return math.inf if math.isnan(check.error) else check.error
 
 
 def _direction(v: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def hooked_parameters(named_parameters: Parameters) -> tuple[str, ...]:
 def _named(parameters: Parameters) -> list[tuple[str, Tensor]]:
     if isinstance(parameters, Tensor):  # iterating a tensor would take its rows
         parameters = [parameters]
-    items = parameters.items() if isinstance(parameters, Mapping) else parameters
+    items: Any = parameters.items() if isinstance(parameters, Mapping) else parameters
     if not isinstance(items, Iterable):
         raise TypeError(
             "parameters must be tensors, (name, tensor) pairs or a mapping, got "
@@ -132,10 +132,11 @@ def _named(parameters: Parameters) -> list[tuple[str, Tensor]]:
         )
     named: list[tuple[str, Tensor]] = []
     for index, item in enumerate(items):
-        name, tensor = item if isinstance(item, tuple) and len(item) == 2 else (str(index), item)
+        pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, tensor = item if pair else (str(index), item)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"parameter {name!r} is a {type(tensor).__name__}, not a tensor")
-        named.append((str(name), tensor))
+        named.append((name, tensor))
     return named
 
 
