@@ -1,6 +1,6 @@
 """Watch the curvature of a small convolutional net (BatchNorm, Dropout) while it learns scikit-learn's digits.
 
-    python examples/demo.py [--epochs 500] [--output demo_output]
+    python examples/demo.py [--epochs 700] [--output demo_output]
 
 One line of it is about the monitor: ``callbacks=[SpectrumMonitor()]``.
 """
@@ -38,7 +38,7 @@ class DigitsNet(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=2e-3)
+        return torch.optim.SGD(self.parameters(), lr=0.05)  # plain, so that lambda_max can be held against 2/lr
 
 
 class ShiftedDigits(Dataset):
@@ -60,7 +60,7 @@ class ShiftedDigits(Dataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=700)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
