@@ -11,6 +11,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,19 +47,28 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def attributes(enclosure: Enclosure, undo: ExitStack) -> None:
-    """The attributes of every other module, and of the objects in them whose class comes with the model's own code."""
-    own = {type(m).__module__.partition(".")[0] for m in enclosure.modules} - _LIBRARIES - sys.stdlib_module_names
-    if type(enclosure.module).__module__ == "__main__":
-        own.add("__main__")
-    walk = _Walk(enclosure, undo, depth=_DEPTH, own=frozenset(own))
+    """The attributes of every other module, and of plain objects in them whose class is the user's own."""
+    model_packages = frozenset(_package(m) for m in enclosure.modules)
+    walk = _Walk(enclosure, undo, depth=_DEPTH, own=lambda package: package in model_packages or _is_users(package))
     for module in enclosure.modules:
         if not _is_metric(module):
             walk.namespace(module.__dict__)
 
 
-_LIBRARIES = frozenset(
-    {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "torchvision", "transformers"}
-)
+def _package(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+@cache
+def _is_users(package: str) -> bool:
+    """Whether this is the user's code rather than a library's: not installed, not Python's, not ours.
+
+    The objects of libraries (a connection to a tracking service, an environment) are no state of the model.
+    """
+    if (package in sys.stdlib_module_names and package != "__main__") or package == "lightning_rmt":
+        return False
+    origin = getattr(sys.modules.get(package), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"} & set(Path(origin).parts)
 
 
 def trainer_state(enclosure: Enclosure, undo: ExitStack) -> None:
@@ -85,10 +96,12 @@ class _Walk:
         enclosure: where the copies of tensors are kept.
         undo: where the restorations go.
         depth: how many containers deep to look for tensors and containers; 0 looks at the attributes alone.
-        own: top-level packages whose plain objects are looked into.
+        own: whether the plain objects of a top-level package are looked into.
     """
 
-    def __init__(self, enclosure: Enclosure, undo: ExitStack, depth: int, own: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, enclosure: Enclosure, undo: ExitStack, depth: int, own: Callable[[str], bool] = lambda package: False
+    ) -> None:
         self._enclosure = enclosure
         self._undo = undo
         self._depth = depth
@@ -167,8 +180,9 @@ class _Walk:
         """Whether this is a plain object of the user's code, say a running average; a module is guarded by itself."""
         return (
             not isinstance(value, (nn.Module, torch.optim.Optimizer))
-            and type(value).__module__.partition(".")[0] in self._own
             and isinstance(getattr(value, "__dict__", None), dict)
+            and not isinstance(value, type)
+            and self._own(_package(value))
         )
 
 
