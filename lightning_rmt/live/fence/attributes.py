@@ -47,12 +47,15 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def attributes(enclosure: Enclosure, undo: ExitStack) -> None:
-    """The attributes of every other module, and of plain objects in them whose class is the user's own."""
-    model_packages = frozenset(_package(m) for m in enclosure.modules)
-    walk = _Walk(enclosure, undo, depth=_DEPTH, own=lambda package: package in model_packages or _is_users(package))
+    """The attributes of every other module, and of plain objects in them whose class is the user's or the model's own."""
+    of_model = {_package(m) for m in enclosure.modules} - _FRAMEWORKS
+    walk = _Walk(enclosure, undo, depth=_DEPTH, own=lambda package: package in of_model or _is_users(package))
     for module in enclosure.modules:
         if not _is_metric(module):
             walk.namespace(module.__dict__)
+
+
+_FRAMEWORKS = {"torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric"}
 
 
 def _package(value: Any) -> str:
