@@ -142,7 +142,7 @@ def _draw_levels(axes: Axes, spectrum: Spectrum) -> None:
     outliers = [*spectrum.outliers.high.values, *spectrum.outliers.low.values]
     others = [level.value for level in (*spectrum.top, *spectrum.bottom) if level.value not in set(outliers)]
     if others:
-        axes.vlines(others, 0, 0.035, color=style.FAINT, linewidth=0.9, transform=blended)
+        axes.vlines(others, 0, 0.035, color=style.FAINT, linewidth=0.9, transform=blended, label="_levels")
         axes.plot([], [], color=style.FAINT, marker="|", markersize=6, linestyle="none", label="certified eigenvalue")
     if outliers:
         axes.vlines(outliers, 0, 0.2, color=style.OUTLIER, linewidth=1.3, transform=blended)

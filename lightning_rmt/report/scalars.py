@@ -43,7 +43,7 @@ def split(reading: Reading) -> tuple[dict[str, float], dict[str, str]]:
         if value is not None and math.isfinite(value):
             numbers[tag] = float(value)
         else:
-            reasons[tag] = reason or f"it is {value}"
+            reasons[tag] = reason if value is None else f"it came out as {value}"
     return numbers, reasons
 
 
@@ -122,10 +122,9 @@ def _bulk(reading: Reading) -> Iterator[_Item]:
     yield _Item("zero_mass", spectrum.zero_mass, "")
     yield _Item("negative_mass", spectrum.negative_mass, "")
     cumulants = spectrum.free_cumulants()
-    yield _Item("free_skew", cumulants.skew.mean, "the bulk has no width")
-    yield _Item("free_skew_stderr", cumulants.skew.stderr, "the bulk has no width")
-    yield _Item("free_kurtosis", cumulants.kurtosis.mean, "")
-    yield _Item("free_kurtosis_stderr", cumulants.kurtosis.stderr, "")
+    for tag, estimate in (("free_skew", cumulants.skew), ("free_kurtosis", cumulants.kurtosis)):
+        for suffix, value in (("", estimate.mean), ("_stderr", estimate.stderr)):
+            yield _Item(f"{tag}{suffix}", None if math.isnan(value) else value, "the bulk has no width")
 
 
 def _bracket_ratio(low: float, high: float, zero_width: float) -> float:

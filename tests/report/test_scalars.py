@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lightning_rmt.report.scalars import caveats, refusals, scalars, split
+
+ALWAYS = {
+    *("lambda_max", "lambda_max_residual", "lambda_min", "lambda_min_residual"),
+    *("trace", "trace_stderr", "frobenius", "frobenius_stderr"),
+    *(
+        f"outliers/{what}_{side}"
+        for what in ("count", "gap_index", "gap_ratio", "gap_spacings")
+        for side in ("high", "low")
+    ),
+    *("bulk_edge_low", "bulk_edge_high", "q01", "q99", "zero_mass", "negative_mass"),
+    *("free_skew", "free_skew_stderr", "free_kurtosis", "free_kurtosis_stderr"),
+    *("sharpness_times_lr", "two_over_lr", "probe_seconds", "overhead", "products", "symmetry_error", "repeat_error"),
+}
+
+
+def test_values_of_a_known_spectrum(trained, exact_eigenvalues):
+    got = {tag.removeprefix("rmt/"): value for tag, value in scalars(trained).items()}
+    from_the_top = [*np.linspace(10.4, 4.0, 9), 0.7]
+    assert [got[f"top/{i}"] for i in range(1, 11)] == pytest.approx(from_the_top, rel=1e-9)
+    assert [got[f"bottom/{i}"] for i in (1, 2)] == pytest.approx([-0.3 / 3**0.9, -0.3 / 4**0.9], rel=1e-9)
+    assert got["lambda_max"] == pytest.approx(10.4, rel=1e-12)
+    assert got["lambda_max_residual"] < 1e-10
+    assert got["outliers/count_high"] == 9
+    assert got["outliers/gap_index_high"] == 9
+    assert got["outliers/gap_ratio_high"] == pytest.approx(4.0 / 0.7, rel=1e-6)
+    assert got["bulk_edge_high"] == pytest.approx(0.7, rel=1e-6)
+    assert got["sharpness_times_lr"] == pytest.approx(10.4 * 0.11)
+    assert got["two_over_lr"] == pytest.approx(2 / 0.11)
+    assert (got["products"], got["probe_seconds"], got["symmetry_error"]) == (100, 1.5, 1e-7)
+
+
+def test_sums_agree_with_the_matrix_within_their_errors(trained):
+    truth = trained_truth()
+    got = scalars(trained)
+    assert abs(got["rmt/trace"] - truth.sum()) < 4 * got["rmt/trace_stderr"]
+    assert abs(got["rmt/frobenius"] - np.linalg.norm(truth)) < 4 * got["rmt/frobenius_stderr"]
+
+
+def trained_truth():
+    from conftest import trained_eigenvalues
+
+    return trained_eigenvalues()
+
+
+def test_every_tag_is_either_a_finite_number_or_a_sentence(any_reading):
+    numbers, reasons = split(any_reading)
+    assert all(math.isfinite(value) and type(value) is float for value in numbers.values())
+    assert not numbers.keys() & reasons.keys()
+    tags = {tag.removeprefix("rmt/") for tag in [*numbers, *reasons]}
+    ends = {tag for tag in tags if tag.startswith(("top/", "bottom/"))}
+    assert tags - ends == ALWAYS
+    assert all(len(reason) > 10 for reason in reasons.values())
+
+
+def test_levels_are_numbered_from_one_outwards_in_and_stop_where_certificates_do(reading_of):
+    reading = reading_of(np.array([5.0, 4.0, 3.0, -2.0]))
+    got = scalars(reading)
+    assert [got[f"rmt/top/{i}"] for i in (1, 2, 3)] == pytest.approx([5.0, 4.0, 3.0])
+    assert got["rmt/bottom/1"] == pytest.approx(-2.0)
+    assert "rmt/top/4" not in got
+    assert "only 3 eigenvalues" in refusals(reading)["rmt/top/4"]
+    assert not any(tag.startswith("rmt/top/5") for tag in refusals(reading))
+
+
+def test_a_refused_count_takes_its_edge_with_it_and_says_why(known):
+    reading = known("initial")
+    got, why = scalars(reading), refusals(reading)
+    for tag in ("rmt/outliers/count_high", "rmt/bulk_edge_high"):
+        assert tag not in got
+        assert why[tag] == reading.spectrum.outliers.high.verdict
+    assert got["rmt/outliers/gap_spacings_high"] < 5  # the near miss is logged all the same
+
+
+def test_a_quantile_is_logged_only_where_its_bounds_are_close(trained, reading_of):
+    low, high = trained.spectrum.quantile_bounds(0.99)
+    assert high / low < 1.5
+    assert scalars(trained)["rmt/q99"] == pytest.approx(np.quantile(trained_truth(), 0.99), rel=0.5)
+    vague = reading_of(trained_truth(), steps=6)
+    assert "rmt/q99" not in scalars(vague)
+    assert "known only to lie between" in refusals(vague)["rmt/q99"]
+
+
+def test_quantile_of_a_spectrum_with_more_than_that_share_of_zeros(reading_of):
+    reading = reading_of(np.concatenate([np.zeros(990), np.linspace(1, 2, 10)]))
+    assert scalars(reading)["rmt/q01"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "tag", "words"),
+    [
+        ({"learning_rate": None}, "two_over_lr", "no learning rate"),
+        ({"learning_rate": None}, "sharpness_times_lr", "no learning rate"),
+        ({"learning_rate": 0.0}, "two_over_lr", "is 0"),
+        ({"curvature": "gradient_covariance"}, "sharpness_times_lr", "curvature of the loss"),
+        ({"symmetry_error": None}, "symmetry_error", "not tested"),
+        ({"repeat_error": math.nan}, "repeat_error", "nan"),
+        ({"seconds": math.inf}, "probe_seconds", "inf"),
+    ],
+)
+def test_what_is_missing_or_not_finite_is_absent_with_its_reason(trained, change, tag, words):
+    reading = replace(trained, **change)
+    assert f"rmt/{tag}" not in scalars(reading)
+    assert words in refusals(reading)[f"rmt/{tag}"]
+
+
+def test_the_name_is_the_prefix(trained):
+    reading = replace(trained, name="net/encoder")
+    assert all(tag.startswith("net/encoder/") for tag in [*scalars(reading), *refusals(reading), *caveats(reading)])
+
+
+def test_caveats_name_what_means_less_than_it_says(trained, known, reading_of):
+    assert caveats(trained) == {}
+    assert "not converged" in caveats(known("four steps"))["rmt/lambda_max"]
+    short = reading_of(trained_truth(), steps=60)
+    assert scalars(short)["rmt/outliers/count_high"] == 9
+    assert caveats(short)["rmt/outliers/count_high"].startswith("a lower bound")
