@@ -56,8 +56,9 @@ class Reading:
     def save(self, path: str | Path) -> None:
         """Writes the reading to ``path`` as .npz (plain arrays and JSON, no pickle); ``Spectrum.load`` reads it too."""
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectrum"}
+        arrays: dict[str, Any] = {"reading": np.array(json.dumps(meta)), **self.spectrum.to_arrays()}
         with open(path, "wb") as file:
-            np.savez_compressed(file, reading=np.array(json.dumps(meta)), **self.spectrum.to_arrays())
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Reading:

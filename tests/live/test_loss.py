@@ -56,7 +56,7 @@ def test_signatures_and_return_types(step):
 def test_what_a_training_step_may_not_return():
     module = Module()
     module.training_step = lambda batch: {"logits": batch}
-    with pytest.raises(MisconfigurationException, match="without a 'loss'.*logits"):
+    with pytest.raises(MisconfigurationException, match=r"without a 'loss'.*logits"):
         curvature_loss(module, None)(captured())
     module.training_step = lambda batch: None
     with pytest.raises(ValueError, match="returned None"):

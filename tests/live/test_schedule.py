@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -59,7 +60,7 @@ def test_known_length_spreads_the_same_budget_with_more_at_the_beginning(batches
     probed, overhead = simulate(Schedule(None, 0.05, batches), steps, 0.01, 0.5, total=steps)
     assert overhead == pytest.approx(0.05, rel=0.1)
     assert len(probed) == pytest.approx(10, abs=1)
-    distances = [b - a for a, b in zip(probed[:-1], probed[1:], strict=True)]
+    distances = [b - a for a, b in itertools.pairwise(probed)]
     assert distances == sorted(distances)
     assert distances[0] < steps / 50
     assert probed[-1] == steps - 1
@@ -72,7 +73,7 @@ def test_a_training_too_short_for_a_second_probe_gets_one():
 
 def test_budget_never_probes_before_it_has_measured():
     probed, _ = simulate(Schedule(None, 1.0, 1), 100, 1.0, 1e-9)
-    assert all(b - a > STEPS_TO_MEASURE for a, b in zip(probed[:-1], probed[1:], strict=True))
+    assert all(b - a > STEPS_TO_MEASURE for a, b in itertools.pairwise(probed))
 
 
 def test_one_slow_step_does_not_spoil_the_decision():
