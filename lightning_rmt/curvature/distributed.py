@@ -96,7 +96,7 @@ class RankSum:
             try:
                 product = self.operator.matmat(V) * self._fraction
             except Exception as error:  # whatever it is, the other ranks are about to wait for this one
-                traceback.clear_frames(error.__traceback__)  # they hold graphs and activations
+                _clear_frames(error)
                 self.error = error
         if product is None:
             product = torch.full(tuple(V.shape), float("nan"), dtype=self.dtype, device=self.device)
@@ -119,3 +119,10 @@ class RankSum:
         moved = tensor.to(self._reduce_on).contiguous()
         dist.all_reduce(moved, group=self.group)
         return moved.to(tensor.device)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Empties the frames that an exception and its causes keep: they hold graphs and activations."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -73,4 +73,9 @@ def explain(error: BaseException) -> CurvatureError | None:
             "the batch or the model holds inference tensors, which autograd can't use: clone them outside "
             "torch.inference_mode() before taking curvature"
         )
+    if "modified by an inplace operation" in message:
+        return CurvatureError(
+            "a tensor of the loss's graph was changed in place after it was built: by a training step since the operator "
+            "was made (make a new one), or by an in-place operation in the loss"
+        )
     return None

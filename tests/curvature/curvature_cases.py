@@ -92,6 +92,11 @@ class Checkpointed(nn.Module):
         return self.head(self.second(h))
 
 
+class CheckpointedAttention(Attention):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -188,6 +193,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "encoder relu": lambda: case(Encoder("relu"), shape=(3, 4), smooth=False),
     "checkpoint": lambda: case(Checkpointed(False)),
     "checkpoint dropout": lambda: case(Checkpointed(False, 0.3)),
+    "checkpoint sdpa": lambda: case(CheckpointedAttention(), shape=(3, 4)),
     "tied": lambda: case(Tied(), shape=(4,), classes=6, integers=6),
     "frozen and unused": lambda: case(Partial()),
     "linear in some": linear_loss_case,

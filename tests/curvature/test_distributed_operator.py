@@ -4,6 +4,7 @@ fails."""
 from __future__ import annotations
 
 import datetime
+import weakref
 
 import curvature_cases as cases
 import pytest
@@ -101,6 +102,36 @@ def fail(rank):
     return {"seen": seen, "error": repr(operator.error), "calls": inner.calls, "after": after}
 
 
+def keep(rank):
+    """Whether a failed product's exception keeps the activations alive."""
+    watched = []
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return Raises.apply(g)
+
+    class Raises(Fails):
+        @staticmethod
+        def backward(ctx, g):
+            activations = Watched()
+            watched.append(weakref.ref(activations))
+            raise RuntimeError("derivative for aten::never is not implemented")
+
+    x = torch.ones(2, requires_grad=True)
+    operator = RankSum(Hessian(lambda b: Fails.apply(x).pow(2).sum(), [x], [None]))
+    operator.matvec(torch.ones(2))
+    return {"error": repr(operator.error), "cause": repr(operator.error.__cause__), "alive": watched[0]() is not None}
+
+
+class Watched:
+    pass
+
+
 def mismatch(rank):
     x = torch.ones(3 + rank, requires_grad=True)
     try:
@@ -133,7 +164,14 @@ def interrupt(rank):
     return "swallowed"
 
 
-SCENARIOS = {"compare": compare, "fail": fail, "mismatch": mismatch, "unused": unused, "interrupt": interrupt}
+SCENARIOS = {
+    "compare": compare,
+    "fail": fail,
+    "keep": keep,
+    "mismatch": mismatch,
+    "unused": unused,
+    "interrupt": interrupt,
+}
 
 
 def work(rank, store, results):
@@ -212,6 +250,13 @@ def test_a_rank_that_raises_gives_nan_everywhere_and_nobody_hangs(outcomes):
     assert good["error"] == "None"
     assert bad["error"] == "ValueError('out of luck')"
     assert (good["calls"], bad["calls"]) == (4, 2)  # what has failed is not tried again
+
+
+def test_the_exception_that_is_kept_does_not_keep_activations(outcomes):
+    for outcome in outcomes["keep"]:
+        assert "SecondDerivativeError" in outcome["error"]
+        assert "aten::never" in outcome["cause"]
+        assert not outcome["alive"]
 
 
 def test_keyboard_interrupt_passes(outcomes):

@@ -122,6 +122,28 @@ def test_frozen_and_unused_parameters_have_zero_rows_and_columns():
     assert H.unused == ("idle.weight", "idle.bias")
 
 
+def test_a_parameter_that_only_some_batches_use():
+    a, b = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    H = Hessian(
+        lambda batch: (batch * (a if len(batch) == 1 else b) ** 2).mean(), [a, b], [torch.ones(1, 2), torch.ones(3, 2)]
+    )
+    assert H.unused == ()
+    assert H.used == (True, True)
+    assert torch.allclose(
+        H.matmat(torch.eye(4, dtype=H.dtype)).diagonal(), torch.tensor([0.25, 0.25, 0.75, 0.75]).double()
+    )
+
+
+def test_parameters_that_changed_since_are_noticed():
+    made = cases.build("mlp tanh")
+    H = Hessian(made.loss, made.parameters, made.batches)
+    with torch.no_grad():
+        for p in made.parameters:
+            p.mul_(0.9)
+    with pytest.raises(CurvatureError, match="training step since the operator was made"):
+        H.matvec(torch.ones(H.size, dtype=H.dtype))
+
+
 def test_returned_weights_replace_sample_counts():
     made = cases.build("uneven batches")
     weights = iter([1.0, 4.0, torch.tensor(2.5)])
