@@ -15,7 +15,7 @@ from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
-from lightning_rmt.live.operators import build_operator, refuse_missing_outputs
+from lightning_rmt.live.operators import build_operator, hook_notes, refuse_missing_outputs
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.schedule import Schedule
@@ -302,6 +302,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                     raise error
                 if not captured:
                     raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
+                hooks = hook_notes(pl_module)
                 seed = _mix(self.seed, step, ranks.rank)
                 stack.enter_context(fence(trainer, pl_module, seed=seed, autocast=self.autocast))
                 stack.enter_context(unsharded(pl_module))
@@ -315,7 +316,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                     outputs_fn=self.outputs_fn,
                 )
                 stack.callback(operator.release)
-                return operator, notes
+                return operator, (*hooks, *notes)
 
             operator, notes = ranks.together(prepare)
             shared = operator if ranks.group is None else RankSum(operator, ranks.group)

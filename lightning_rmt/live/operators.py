@@ -118,12 +118,21 @@ def _warnings(operator: CurvatureOperator) -> tuple[str, ...]:
             f"no gradient reaches {_listed(operator.unused)}: unused, or behind a reentrant activation checkpoint; "
             "they are zeros in the spectrum"
         )
-    if hooked := hooked_parameters(zip(operator.block.names, operator.block.tensors, strict=True)):
-        sentences.append(
-            f"gradient hooks on {_listed(hooked)} fire in both passes of a product: one that scales the gradient by c "
-            "scales the measured curvature by c squared. A loss_fn= that uses torch.func.functional_call avoids it"
-        )
     return tuple(sentences)
+
+
+def hook_notes(module: Any) -> tuple[str, ...]:
+    """A sentence about gradient hooks, to be asked for outside the fence, which takes them off.
+
+    Left on, a hook would fire in both passes of a product: one that halves the gradient would quarter the curvature.
+    """
+    hooked = hooked_parameters(module.named_parameters())
+    if not hooked:
+        return ()
+    return (
+        f"gradient hooks on {_listed(hooked)} are off during the probe: this is the curvature of the loss itself, not of "
+        "what the hooks make of its gradient",
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

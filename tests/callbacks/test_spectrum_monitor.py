@@ -318,6 +318,23 @@ def test_operation_without_second_derivative_falls_back_to_checked_differences(t
     assert any("embedding_bag" in note for note in watch.reading.notes)
 
 
+def test_gradient_hooks_and_unreached_parameters_are_noted(tmp_path):
+    class Hooked(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net[0].weight.register_hook(lambda gradient: gradient / 2)
+            self.spare = nn.Linear(2, 2)
+
+    plain, hooked = monitor(lanczos_steps=30), monitor(lanczos_steps=30)
+    for watch, module in ((plain, Classifier), (hooked, Hooked)):
+        torch.manual_seed(0)
+        fit(watch, tmp_path, module=module(), max_steps=1)
+    notes = " ".join(hooked.reading.notes)
+    assert "net.0.weight" in notes
+    assert "no gradient reaches spare.weight, spare.bias" in notes
+    assert plain.reading.notes == ()
+
+
 def test_failing_probe_is_a_warning_and_repeated_ones_turn_it_off(tmp_path):
     def broken(module, batch):
         raise RuntimeError("no loss today")
