@@ -39,9 +39,8 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             for group in groups:
                 if group is not None:
                     _keep_whole(state, group, undo)
-            undo.callback(_idle, state)
             undo.callback(part.reshard)
-            undo.callback(_idle, state)  # first of all: a group that believes to be in a pass ignores `reshard`
+            undo.callback(_idle, state)  # before it: a group that believes to be in a pass ignores `reshard`
             part.unshard()
         yield
 
@@ -57,7 +56,8 @@ def _sharded_modules(module: nn.Module) -> list[Any]:
 def _keep_whole(state: Any, group: Any, undo: ExitStack) -> None:
     """Switch off what would shard the group again, or reduce gradients that it may still be accumulating.
 
-    The public setters can't be read back, hence the attributes that they set.
+    That also makes a pass free of collectives, so that a rank on which it fails leaves no other one waiting. The public
+    setters can't be read back, hence the attributes that they set.
     """
     for flag in _FLAGS:
         undo.callback(setattr, group, flag, getattr(group, flag))
