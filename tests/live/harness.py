@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rmt.live.fence import fence
+from lightning_rmt.live.sharding import unsharded
 
 Fingerprint = dict[str, list[str]]
 
@@ -214,15 +215,16 @@ def train(case: Case, directory: Path, probe: pl.Callback | None = None, **overr
 
 
 class ProductProbe(pl.Callback):
-    """A few Hessian-vector products behind the fence, at every third call of one hook.
+    """A few Hessian-vector products behind the fence, at every third call of one hook, or every `every`-th one.
 
     What a monitor does, without its schedule, loss and logging; and it can be placed at hooks that the monitor doesn't
-    use. `again` is how the loss is had: the user's function or `training_step` on a copy of the batch, taken before the
-    step could change it.
+    use. The loss is the case's function, or `training_step` on a copy of the batch, taken before the step could change
+    it.
     """
 
-    def __init__(self, case: Case, hook: str = "on_train_batch_end") -> None:
+    def __init__(self, case: Case, hook: str = "on_train_batch_end", every: int = EVERY) -> None:
         self.case = case
+        self.every = every
         self.taken = 0
         self.calls = 0
         self.hook = hook
@@ -244,12 +246,12 @@ class ProductProbe(pl.Callback):
     def _due(self, hook: str, trainer: Any, module: Any) -> None:
         if hook == self.hook and not trainer.fit_loop._skip_backward:
             self.calls += 1
-            if self.calls % EVERY == 1:
+            if self.calls % self.every == 1 % self.every:
                 self.probe(trainer, module)
                 self.taken += 1
 
     def probe(self, trainer: Any, module: Any) -> None:
-        with fence(trainer, module, seed=trainer.global_step):
+        with fence(trainer, module, seed=trainer.global_step), unsharded(module):
             self.products(self.loss(module), module)
 
     def loss(self, module: Any) -> Tensor:
