@@ -63,6 +63,12 @@ def mostly_zero_eigenvalues(size=1000):
     return np.concatenate([np.zeros(6 * size // 10), np.linspace(0.1, 2.9, 4 * size // 10)])
 
 
+def wide_eigenvalues(size=3000):
+    """Heavy tails on both sides: five decades each to show."""
+    tail = 3e4 * np.arange(1, size // 2 + 1) ** -2.0
+    return np.concatenate([tail, -0.9 * tail])
+
+
 CASES = {
     "initial": (initial_eigenvalues, {}, {"step": 0}),
     "trained": (trained_eigenvalues, {}, {"learning_rate": 0.11}),
@@ -72,6 +78,7 @@ CASES = {
     "tiny": (lambda: 1e-6 * trained_eigenvalues(), {}, {"curvature": "gradient_covariance"}),
     "huge": (lambda: 1e6 * trained_eigenvalues(), {}, {"step": 123456}),
     "negative": (lambda: -trained_eigenvalues(), {}, {}),
+    "wide": (wide_eigenvalues, {}, {}),
     "four steps": (trained_eigenvalues, {"steps": 4}, {}),
     "all zero": (lambda: np.zeros(50), {}, {}),
     "one parameter": (lambda: np.array([3.0]), {}, {}),

@@ -79,16 +79,19 @@ def test_spectrum_figure_is_readable(any_reading):
 
 
 def test_figures_over_time_are_readable(any_reading):
-    for steps in ((120,), (0, 7, 50_000, 123_456), range(0, 30_000, 300)):
-        history = history_of([any_reading])
-        entries = [replace(history[0], step=step) for step in steps]
+    (entry,) = history_of([any_reading])
+    for steps in ((120,), (0, 7, 50_000, 123_456)):
+        entries = [replace(entry, step=step) for step in steps]
         assert_readable(heat_map_figure(entries))
         assert_readable(outliers_over_time_figure(entries))
 
 
-def test_a_real_seeming_run_is_readable(run):
-    assert_readable(heat_map_figure(history_of(run)))
-    assert_readable(outliers_over_time_figure(history_of(run)))
+def test_runs_of_few_and_of_many_readings_are_readable(run):
+    entries = history_of(run)
+    many = [replace(entries[min(i, 3)], step=300 * i) for i in range(150)]
+    for history in (entries, many):
+        assert_readable(heat_map_figure(history))
+        assert_readable(outliers_over_time_figure(history))
 
 
 # --- what they show -----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -56,10 +57,17 @@ def test_the_later_reading_of_a_step_replaces_the_earlier(exact, tmp_path):
     assert read.seconds == 9.0
 
 
+def archive(**members):
+    buffer = io.BytesIO()
+    np.savez(buffer, **members)
+    return buffer.getvalue()
+
+
 DAMAGE = {
     "truncated": lambda raw: raw[: len(raw) // 2],
     "empty": lambda raw: b"",
     "something else": lambda raw: b"not a zip file",
+    "an archive of other things": lambda raw: archive(reading=np.array("{}"), spectrum_format=np.array(1)),
     "overwritten": lambda raw: raw[:200] + b"\0" * 200 + raw[400:],
 }
 
