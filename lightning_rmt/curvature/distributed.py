@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,11 @@ class RankSum:
     """The operator on the union of all ranks' batches: ``sum_r N_r H_r V / sum_r N_r``.
 
     A product is one local product and one all-reduce, however many tensors, batches and vectors there are;
-    the operators are linear in the data, so nothing else is needed. Constructing it takes three more. Every
+    the operators are linear in the data, so nothing else is needed. Constructing it takes four more. Every
     rank must construct it and take the same products in the same order; all get the same numbers.
 
     A rank whose local product raises keeps the exception in `error`, warns nobody, and contributes NaN from
-    then on: every rank sees NaN in that same product, and none waits for another. ``KeyboardInterrupt``
-        passes.
+    then on: every rank sees NaN in that same product, and none waits for another. ``KeyboardInterrupt`` passes.
 
     Args:
         operator: this rank's share, on the same parameters as the others'. A `GradientCovariance` is pooled,
@@ -32,7 +32,7 @@ class RankSum:
         size: dimension n.
         device: of the vectors, the local operator's.
         dtype: of the vectors.
-        noise: relative rounding error of a product.
+        noise: relative rounding error of a product, the largest of any rank.
         samples: total weight of the batches over all ranks.
         loss_value: weighted mean loss over all ranks.
         gradient: weighted mean gradient over all ranks, shape (size,).
@@ -53,7 +53,6 @@ class RankSum:
         self.operator = operator
         self.group = group
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
-        self.noise = operator.noise
         self.products = 0
         self.error: Exception | None = None
 
@@ -69,6 +68,7 @@ class RankSum:
                 f"the ranks' operators differ: this one has {shape[1]:g} parameters with {shape[0]:g} entries, the "
                 f"mean over {world} ranks is {totals[4] / world:g} with {totals[3] / world:g}"
             )
+        self.noise: float = self._sum(torch.tensor(operator.noise, dtype=torch.float64), dist.ReduceOp.MAX).item()
         self.samples: float = totals[0]
         self.loss_value: float = totals[1] / self.samples
         self._fraction = operator.samples / self.samples
@@ -114,10 +114,10 @@ class RankSum:
     def _sum_floats(self, numbers: list[float]) -> list[float]:
         return [float(total) for total in self._sum(torch.tensor(numbers, dtype=torch.float64)).tolist()]
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks of a tensor of one shape, in one collective."""
+    def _sum(self, tensor: Tensor, reduction: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Sum (or other reduction) over ranks of a tensor of one shape, in one collective."""
         moved = tensor.to(self._reduce_on).contiguous()
-        dist.all_reduce(moved, group=self.group)
+        dist.all_reduce(moved, op=reduction, group=self.group)
         return moved.to(tensor.device)
 
 

@@ -40,7 +40,7 @@ class GaussNewton(CurvatureOperator):
     2002). Where the loss is convex in the outputs (cross-entropy, squared error) the matrix is positive
     semidefinite, and for cross-entropy it is the Fisher information of the model's own predictions. A product
     takes three passes: ``Jv`` by differentiating the pullback ``w -> J'w`` by w, then H_L, then ``J'``. All
-        graphs are built once and kept.
+    graphs are built once and kept.
 
     Args:
         outputs: ``outputs(batch)`` returns a tensor, or a tuple or list of tensors, that depend on the

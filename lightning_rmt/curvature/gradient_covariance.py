@@ -31,9 +31,8 @@ class GradientCovariance(CurvatureOperator):
     loss one by one, so a layer that mixes samples (batch normalisation in training mode) sees another batch
     than in training.
 
-    Memory: the K gradients are stored, ``K * size`` entries of the operator's dtype, and nothing else. A
-        product is two
-    passes over them and no pass through the network.
+    Memory: the K gradients are stored, ``K * size`` entries of the operator's dtype, and nothing else. A product
+    is two passes over them and no pass through the network.
 
     Args:
         loss: as for `Hessian`; a returned weight counts as the micro-batch's number of samples.
@@ -74,9 +73,8 @@ class GradientCovariance(CurvatureOperator):
     def pool(self, gradient: Tensor, samples: float, parts: int) -> None:
         """Makes this one rank's share of the covariance over several ranks. Call it before the first product.
 
-        The sample-weighted mean over ranks of the products then is the covariance of the union of their
-        batches, which
-        the mean of their own covariances is not: that leaves out how the ranks' means differ.
+        The sample-weighted mean over ranks of the products then is the covariance of the union of their batches,
+        which the mean of their own covariances is not: that leaves out how the ranks' means differ.
 
         Args:
             gradient: mean gradient over all ranks, shape (size,).

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -33,22 +34,22 @@ class Hessian(CurvatureOperator):
     """Hessian of the weighted mean of ``loss`` over ``batches``.
 
     Reverse over reverse (Pearlmutter 1994) with ``torch.autograd.grad`` on the live leaves. The gradient's
-    graph is
-    built once per batch, in the constructor, and kept: a product then costs about two gradients, and every
-        product
-    sees the same dropout masks and batch statistics. ``p.grad``, the parameters and their version counters
-    are never touched. The loss runs once per batch, and may change buffers and draw random numbers as it
-    would in training.
+    graph is built once per batch, in the constructor, and kept: a product then costs about two gradients, and
+    every product sees the same dropout masks and batch statistics. ``p.grad``, the parameters and their
+    version counters are never touched. The loss runs once per batch, and may change buffers and draw random
+    numbers as it would in training.
+
+    An ``autograd.Function`` whose backward leaves autograd (through NumPy, ``.data`` or ``detach``) has a second
+    derivative that autograd takes for zero, and no error says so; `FiniteDifferenceHessian` sees it.
 
     Args:
         loss: ``loss(batch)`` returns the mean over the batch as a scalar, or ``(mean, weight)``.
         parameters: tensors, (name, tensor) pairs or a mapping. Each distinct tensor counts once; frozen and
             unused ones give zero rows and columns.
         batches: any iterable of batches; each weighs as much as it has samples.
-        keep_graphs: False keeps no graph between products and runs the loss anew in each, batch by batch,
-            from the same state of the random number generators: the memory of one batch in place of all, for
-                half as much time
-            again. Buffers that the loss changes go on changing.
+        keep_graphs: False keeps no graph between products and runs the loss anew in each, batch by batch, from
+            the same state of the random number generators: the memory of one batch in place of all, for about
+            twice the time. Buffers that the loss changes go on changing.
 
     Raises:
         TypeError: the loss is not a tensor, or the parameters aren't.
@@ -90,22 +91,22 @@ class Hessian(CurvatureOperator):
         evaluation = evaluate(loss, (batch,), index)
         return evaluation, differentiate(evaluation.loss, self.block, index, create_graph=True)
 
-    def _iterate(self) -> Iterator[_GradientGraph]:
-        """The batches' gradient graphs, kept or built anew."""
-        if self._rerun is None:
-            yield from self._graphs
-            return
-        loss, batches = self._rerun
-        with self._random.replay():
-            for index, batch in enumerate(batches):
-                yield _graph(self._evaluate(loss, batch, index)[1])
-
     def _matmat(self, V: Tensor) -> Tensor:
         products = self._zeros(V.shape[0])
-        for fraction, graph in zip(self._fractions, self._iterate(), strict=True):
-            for product, v in zip(products, V, strict=True):
-                product.add_(self._batch_product(graph, v), alpha=fraction)
+        with nullcontext() if self._rerun is None else self._random.replay():
+            for index in range(len(self._fractions)):
+                self._add_batch(index, V, products)
         return products
+
+    def _add_batch(self, index: int, V: Tensor, products: Tensor) -> None:
+        """Adds one batch's share; a graph that is built anew is gone when this returns."""
+        if self._rerun is None:
+            graph = self._graphs[index]
+        else:
+            loss, batches = self._rerun
+            graph = _graph(self._evaluate(loss, batches[index], index)[1])
+        for product, v in zip(products, V, strict=True):
+            product.add_(self._batch_product(graph, v), alpha=self._fractions[index])
 
     def _batch_product(self, graph: _GradientGraph, v: Tensor) -> Tensor:
         """One batch's Hessian times ``v``: the gradient of <gradient, v>."""

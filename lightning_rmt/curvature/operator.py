@@ -24,7 +24,7 @@ class CurvatureOperator(ABC):
         size: dimension n.
         device: of the vectors.
         dtype: of the vectors, float32 or float64.
-        noise: relative rounding error of a product, from the least precise parameter: half precision
+        noise: relative rounding error of a product, from the least precise trainable parameter: half precision
             parameters have half precision products, though the vectors are float32.
         samples: total weight of the batches; the number of samples unless the loss returned weights of its
             own.
@@ -44,7 +44,8 @@ class CurvatureOperator(ABC):
         self.size = block.size
         self.device = block.device
         self.dtype = block.dtype
-        self.noise = max(rounding_noise(t.dtype) for t in block.tensors)
+        trainable = (rounding_noise(p.dtype) for p in block.tensors if p.requires_grad)
+        self.noise = max(trainable, default=rounding_noise(block.dtype))
         self.products = 0
         self._released = False
 
@@ -73,7 +74,8 @@ class CurvatureOperator(ABC):
 
         Raises:
             ValueError: ``V`` has another shape, dtype or device.
-            CurvatureError: the loss can't be differentiated as needed, or the operator was released.
+            CurvatureError: the loss can't be differentiated as needed.
+            RuntimeError: the operator was released.
         """
         if V.ndim != 2 or V.shape[1] != self.size:
             raise ValueError(f"V must have shape (k, {self.size}), got {tuple(V.shape)}")

@@ -84,6 +84,7 @@ class Failing(CurvatureOperator):
         super().__init__(ParameterBlock([torch.zeros(3, requires_grad=True)]))
         self.samples, self.loss_value, self.gradient, self.used = 1.0, 0.0, torch.zeros(3), (True,)
         self.raises, self.calls = error, 0
+        self.noise = 0.25 if error is None else 0.5
 
     def _matmat(self, V):
         self.calls += 1
@@ -99,7 +100,7 @@ def fail(rank):
     seen = [operator.matmat(torch.ones(2, 3)) for _ in range(4)]
     after = torch.tensor([float(rank)])
     dist.all_reduce(after)  # the ranks are still paired: this is the training's own reduction
-    return {"seen": seen, "error": repr(operator.error), "calls": inner.calls, "after": after}
+    return {"seen": seen, "error": repr(operator.error), "calls": inner.calls, "after": after, "noise": operator.noise}
 
 
 def keep(rank):
@@ -250,6 +251,7 @@ def test_a_rank_that_raises_gives_nan_everywhere_and_nobody_hangs(outcomes):
     assert good["error"] == "None"
     assert bad["error"] == "ValueError('out of luck')"
     assert (good["calls"], bad["calls"]) == (4, 2)  # what has failed is not tried again
+    assert good["noise"] == bad["noise"] == 0.5  # each rank's own is 0.25 and 0.5
 
 
 def test_the_exception_that_is_kept_does_not_keep_activations(outcomes):

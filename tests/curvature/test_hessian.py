@@ -238,6 +238,27 @@ def test_products_never_wait_for_the_device(kind):
     assert control.count == 1
 
 
+def test_graphs_built_anew_are_in_memory_one_at_a_time():
+    made = cases.build("uneven batches")
+    boxes, alive = [], []
+
+    def loss(batch):
+        alive.append(sum(ref() is not None for ref in boxes))
+
+        def pack(tensor):
+            box = Box(tensor.detach())
+            boxes.append(weakref.ref(box))
+            return box
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            return made.loss(batch)
+
+    H = Hessian(loss, made.parameters, made.batches, keep_graphs=False)
+    H.matvec(torch.ones(H.size, dtype=H.dtype))
+    assert len(boxes) > 0
+    assert alive == [0] * 6  # when a batch is evaluated, nothing of the ones before it is left
+
+
 class Box:
     """A saved tensor that can be watched."""
 
@@ -476,3 +497,13 @@ def test_equals_the_dense_hessian_on_cuda(name):
     assert found.device.type == "cuda"
     cases.reseed()
     assert torch.allclose(found, cases.dense_hessian(made), atol=1e-10)
+
+
+def test_noise_is_that_of_the_least_precise_trainable_parameter():
+    x = torch.ones(2, requires_grad=True)
+    frozen = torch.ones(2, dtype=torch.int8)
+    loss = lambda _: (x**2).sum()  # noqa: E731
+    single = Hessian(loss, [x], [None]).noise
+    assert Hessian(loss, [x, frozen], [None]).noise == single
+    half = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    assert Hessian(loss, [x, half], [None]).noise > 1e4 * single
