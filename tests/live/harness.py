@@ -178,8 +178,8 @@ def differences(one: Fingerprint, other: Fingerprint) -> list[str]:
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
-def train(case: Case, directory: Path, probe: pl.Callback | None = None, **overrides: Any) -> Fingerprint:
-    """Train the case once, from fresh objects and the same seeds, and return its fingerprint."""
+def train(case: Case, directory: Path, probe: pl.Callback | None = None, checkpoint: Path | None = None) -> Fingerprint:
+    """Train the case once, from fresh objects and the same seeds (or the checkpoint), and return its fingerprint."""
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
@@ -205,12 +205,12 @@ def train(case: Case, directory: Path, probe: pl.Callback | None = None, **overr
                 "num_sanity_val_steps": 0,
                 "callbacks": [*callbacks, *([] if probe is None else [probe]), recorder],
                 **options,
-                **overrides,
             }
         )
         fitted = torch.compile(module, backend=case.compiled) if case.compiled else module
         loader = case.loader()
-        trainer.fit(fitted, loader, DataLoader(loader.dataset, batch_size=4) if case.validation else None)
+        validation = DataLoader(loader.dataset, batch_size=4) if case.validation else None
+        trainer.fit(fitted, loader, validation, ckpt_path=checkpoint)
     return recorder.prints
 
 
