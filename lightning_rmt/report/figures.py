@@ -97,11 +97,12 @@ def _draw_density(axes: Axes, spectrum: Spectrum, axis: style.EigenvalueAxis) ->
 
 
 def _faintest(spectrum: Spectrum, peak: float) -> float:
-    """The lowest density at a node: what is lower lies between nodes, and means nothing."""
-    nodes = spectrum.nodes.ravel()
+    """The lowest density at a node of the continuous part: what is lower lies between nodes, and means nothing."""
+    nodes, weights = spectrum.nodes.ravel(), spectrum.weights.ravel()
     apart = np.array([np.inf, *(atom.location for atom in spectrum.atoms)])
     far = np.abs(nodes[:, None] - apart).min(axis=1) > 1e-6 * np.abs(nodes).max()
-    at_nodes = spectrum.density(nodes[far])
+    meant = weights * spectrum.size > 1e-3  # not rounding, as beside a heavy atom: an eigenvalue weighs about 1/n
+    at_nodes = spectrum.density(nodes[far & meant])
     return float(at_nodes[at_nodes > 0.0].min(initial=peak))
 
 
@@ -134,6 +135,7 @@ def _draw_atoms(axes: Axes, spectrum: Spectrum) -> None:
             va="center",
             size=style.LEGEND_SIZE,
             color=style.ATOM,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
 
 

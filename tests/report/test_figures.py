@@ -155,6 +155,13 @@ def test_a_degenerate_eigenvalue_is_an_atom_with_its_share(known):
     assert figure.axes[0].get_xlabel() == "eigenvalue of the Gauss-Newton matrix"
 
 
+def test_rounding_beside_an_atom_does_not_squeeze_the_curve(known):
+    # A node of weight 1e-28 sits between the atom and the rest, where the density is 1e-22.
+    low, high = spectrum_figure(known("mostly zero")).axes[0].get_ylim()
+    assert low > 1e-4
+    assert high < 1e2
+
+
 def test_the_title_says_step_largest_eigenvalue_verdict_and_trace(trained):
     words = all_words(spectrum_figure(trained))
     trace = trained.spectrum.trace
