@@ -7,6 +7,7 @@ a prescribed node).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -33,13 +34,12 @@ def stieltjes_bounds(run: Tridiagonal, x: ArrayLike) -> tuple[NDArray[np.float64
         # The quadrature is the measure.
         exact = np.concatenate([[0.0], np.cumsum(run.weights)])[np.searchsorted(run.nodes, flat, side="right")]
         return exact.reshape(points.shape), exact.reshape(points.shape)
-    # The last diagonal entry that makes x an eigenvalue: x + beta^2 e_m' (T - x)^-1 e_m. At a node of T it is infinite.
-    last = run.residuals**2
+    # The last diagonal entry that makes x an eigenvalue: x + beta^2 e_m' (T - x)^-1 e_m. At a node of T it is infinite, and
+    # cut off where x is missed by 1e-8 of the scale at most.
+    scale = max(float(np.abs(run.nodes).max()), beta)
     distance = run.nodes[None, :] - flat[:, None]
-    tiny = 1e-14 * max(float(np.abs(run.nodes).max()), float(np.abs(flat).max(initial=0.0)))
-    distance = np.where(np.abs(distance) < tiny, np.where(distance < 0, -tiny, tiny), distance)
-    limit = 1e6 * max(float(np.abs(run.nodes).max()), beta)
-    entry = flat + np.clip((last / distance).sum(axis=1), -limit, limit)
+    distance = np.where(np.abs(distance) < 1e-14 * scale, 1e-14 * scale, distance)
+    entry = flat + np.clip((run.residuals**2 / distance).sum(axis=1), -1e6 * scale, 1e6 * scale)
 
     matrix = np.zeros((flat.size, m + 1, m + 1))
     inner = np.arange(m)
@@ -47,11 +47,12 @@ def stieltjes_bounds(run: Tridiagonal, x: ArrayLike) -> tuple[NDArray[np.float64
     matrix[:, m, m] = entry
     matrix[:, inner, inner + 1] = matrix[:, inner + 1, inner] = run.beta
     nodes, vectors = np.linalg.eigh(matrix)
-    upto = np.cumsum(vectors[:, 0, :] ** 2, axis=1)
-    own = np.argmin(np.abs(nodes - flat[:, None]), axis=1)
-    rows = np.arange(flat.size)
-    upper = upto[rows, own]
-    lower = upper - vectors[rows, 0, own] ** 2
+    mass = vectors[:, 0, :] ** 2
+    own = nodes[np.arange(flat.size), np.argmin(np.abs(nodes - flat[:, None]), axis=1)]
+    # An eigenvalue that has converged is a node beside x when x is put on it: rounding must not decide its side.
+    side = 1e-9 * scale
+    lower = np.where(nodes < (np.minimum(own, flat) - side)[:, None], mass, 0.0).sum(axis=1)
+    upper = np.where(nodes <= (np.maximum(own, flat) + side)[:, None], mass, 0.0).sum(axis=1)
     return lower.clip(0, 1).reshape(points.shape), upper.clip(0, 1).reshape(points.shape)
 
 
@@ -113,9 +114,15 @@ def cdf_bounds(
 def quantile_bounds(runs: tuple[Tridiagonal, ...], quadrature: Quadrature, p: float, z: float) -> tuple[float, float]:
     """Interval that holds the p-quantile: from where the upper to where the lower bound on the distribution reaches p.
 
-    The bounds at the nodes bracket it; within the bracket the sharp ones are taken on a grid of 32 cells, and the interval
-    is rounded outwards to it.
+    Among the exact levels it is one of them. Elsewhere the bounds at the nodes bracket it; within the bracket the sharp ones
+    are taken on a grid of 32 cells, and the interval is rounded outwards to it.
     """
+    rank = math.ceil(p * quadrature.size - 1e-9)  # it is the level of this rank, from 1
+    from_top = quadrature.size - rank
+    if 1 <= rank <= quadrature.low.size:
+        return (float(quadrature.low[rank - 1]),) * 2
+    if 0 <= from_top < quadrature.high.size:
+        return (float(quadrature.high[-1 - from_top]),) * 2
     nodes = np.unique(np.concatenate([*(run.nodes for run in runs), quadrature.levels]))
     start, stop = _crossings(nodes, *cdf_bounds(runs, quadrature, nodes, z, node_bounds), p)
     grid = np.linspace(start, stop, 33)

@@ -86,7 +86,9 @@ def _atom_places(
     if levels is not None:
         gaps = np.append(np.append(np.inf, np.diff(levels.values)), np.inf)
         room = np.minimum(gaps[:-1], gaps[1:])
-        heavy = (levels.weights * quadrature.size > SIMPLE_WEIGHT) & (levels.residuals <= RESOLVED_SHARE * room)
+        heavy = (levels.weights * quadrature.size > SIMPLE_WEIGHT) & (
+            levels.residuals + levels.rounding <= RESOLVED_SHARE * room
+        )
         chosen = heavy | np.isin(levels.values, np.asarray(apart))
         places = {float(x): float(r) / 2 for x, r in zip(levels.values[chosen], room[chosen], strict=True)}
     if zero.found:

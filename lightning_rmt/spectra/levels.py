@@ -57,8 +57,8 @@ class RitzLevels:
 
     Attributes:
         values: shape (k,), float64. Copies of one eigenvalue, as far as rounding can tell, are one entry.
-        residuals: shape (k,), ``|H y - theta y|`` plus the rounding of the product.
-        errors: shape (k,), a-posteriori error bounds of the iteration alone (Kato-Temple, without the rounding).
+        residuals: shape (k,), ``|H y - theta y|`` as the iteration knows it; `rounding` comes on top.
+        errors: shape (k,), a-posteriori error bounds (Kato-Temple); `rounding` comes on top.
         weights: shape (k,), quadrature weights, summed over copies.
         copies: shape (k,), how many Ritz values were merged.
         resolved_high: number of resolved levels from the largest value down.
@@ -82,6 +82,11 @@ class RitzLevels:
     steps: int | None
 
     @property
+    def rounding(self) -> float:
+        """Error of a product, in the operator's units."""
+        return self.noise * self.scale
+
+    @property
     def floor(self) -> float:
         """Magnitude below which a value is not told from zero, in the operator's units."""
         return noise_floor(self.noise) * self.scale
@@ -96,7 +101,9 @@ class RitzLevels:
 
     def level(self, index: int) -> Level:
         """One entry as a `Level`; negative indices count from the largest value."""
-        return Level(float(self.values[index]), float(self.residuals[index]), bool(self.certified()[index]))
+        return Level(
+            float(self.values[index]), float(self.residuals[index]) + self.rounding, bool(self.certified()[index])
+        )
 
     def mirrored(self) -> RitzLevels:
         """The levels of ``-H``."""
@@ -154,11 +161,10 @@ def _distinct(
     clear = _nearest(gaps - raw[:-1], gaps - raw[1:])
     with np.errstate(divide="ignore", invalid="ignore"):
         temple = np.where(clear > 0, raw**2 / clear, np.inf)
-    total = raw + rounding
-    resolved = total <= RESOLVED_SHARE * room
+    resolved = raw + rounding <= RESOLVED_SHARE * room
     return RitzLevels(
         values=values,
-        residuals=total,
+        residuals=raw,
         errors=np.minimum(raw, np.where(raw > 0, temple, 0.0)),
         weights=weights,
         copies=copies,
@@ -176,25 +182,25 @@ def _without_copies(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
     """Merges Ritz values that stand for one eigenvalue.
 
-    Rounding lets further copies of a degenerate eigenvalue in, late. A copy that has converged sits within rounding
-    of the first. One that is converging is betrayed by its weight: it comes from rounding errors alone, while another
-    eigenvalue that happens to be so near would have about the weight of its neighbour.
+    Rounding lets further copies of a degenerate eigenvalue in, late. Copies that have arrived are within rounding of each
+    other. One on its way is betrayed by its weight: it comes from rounding errors alone, while another eigenvalue that
+    happens to be so near would have about the weight of its neighbour.
     """
     copies = np.ones(values.size, dtype=np.intp)
     while values.size > 1:
         gaps = np.diff(values)
-        beside = np.minimum(
-            np.append(np.inf, gaps[:-1]), np.append(gaps[1:], np.inf)
-        )  # from the pair to its neighbours
+        arrived = gaps <= 2 * rounding
+        beside = np.minimum(np.append(np.inf, gaps[:-1]), np.append(gaps[1:], np.inf))  # from a pair to the others
         worse = np.maximum(residuals[1:], residuals[:-1])
         light = np.minimum(weights[1:], weights[:-1]) <= COPY_WEIGHT * np.maximum(weights[1:], weights[:-1])
-        same = (worse <= 10 * rounding) & (gaps <= 10 * rounding)
-        same |= light & (gaps <= worse + rounding) & (worse <= RESOLVED_SHARE * beside)
+        on_its_way = light & (gaps <= worse + 10 * rounding) & (worse <= RESOLVED_SHARE * beside)
+        same = arrived | on_its_way
         if not same.any():
             break
         first = np.flatnonzero(np.append(True, ~same))
-        best = [a + int(np.argmax(weights[a:b])) for a, b in zip(first, np.append(first[1:], values.size), strict=True)]
-        values, residuals = values[best], residuals[best]
+        ends = np.append(first[1:], values.size)
+        heaviest = [a + int(np.argmax(weights[a:b])) for a, b in zip(first, ends, strict=True)]
+        values, residuals = values[heaviest], np.minimum.reduceat(residuals, first)
         weights, copies = np.add.reduceat(weights, first), np.add.reduceat(copies, first)
     return values, residuals, weights, copies
 

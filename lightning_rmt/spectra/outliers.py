@@ -241,7 +241,7 @@ def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap
     beyond = int((levels.values > edge.high + edge.margin).sum())
     count = 0
     for index in descending[:beyond]:
-        sure = levels.residuals[index] < RESOLVED_SHARE * (levels.values[index] - edge.high)
+        sure = levels.residuals[index] + levels.rounding < RESOLVED_SHARE * (levels.values[index] - edge.high)
         if not sure or levels.weights[index] * size >= SIMPLE_WEIGHT:
             break
         count += 1
@@ -357,7 +357,7 @@ def _ladder(levels: RitzLevels, size: int) -> _Ladder | None:
             first.append(i)
     head = np.array(first)
     mass, copies = np.add.reduceat(mass, head), np.add.reduceat(copies, head)
-    values, residuals, converged = values[head], residuals[head], converged[head]
+    values, residuals, converged = values[head], residuals[head] + levels.rounding, converged[head]
 
     heavy = mass > SIMPLE_WEIGHT
     clump = converged & (heavy | (copies >= 3))

@@ -1,0 +1,118 @@
+"""Moments and free cumulants against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from known_spectra import hessian_like, marchenko_pastur, power_law, semicircle, spectrum_of
+
+from lightning_rmt.krylov.tridiagonal import Tridiagonal
+from lightning_rmt.spectra.spectrum import Spectrum
+
+
+def test_moments_of_an_unresolved_bulk_are_those_of_the_tridiagonal_matrix():
+    spectrum = spectrum_of(semicircle(5000), 30)
+    run = spectrum.runs[0]
+    T = np.diag(run.alpha) + np.diag(run.beta[:-1], 1) + np.diag(run.beta[:-1], -1)
+    for k in range(5):
+        assert spectrum.moment(k) == pytest.approx(np.linalg.matrix_power(T, k)[0, 0], rel=1e-10, abs=1e-10)
+
+
+def test_moments_are_unbiased():
+    eigenvalues = power_law(2000, 0.7)
+    found = np.array([[spectrum_of(eigenvalues, 40, seed=s).moment(k) for k in (1, 2, 3)] for s in range(60)])
+    truth = [np.mean(eigenvalues**k) for k in (1, 2, 3)]
+    z = (found.mean(axis=0) - truth) / (found.std(axis=0) / 60**0.5)
+    assert (np.abs(z) < 4).all()
+
+
+def test_a_moment_beyond_the_quadrature_is_refused():
+    spectrum = spectrum_of(semicircle(500), 10)
+    spectrum.moment(19)
+    with pytest.raises(ValueError, match="0 to 19"):
+        spectrum.moment(20)
+    with pytest.raises(ValueError, match="-1"):
+        spectrum.moment(-1)
+    assert spectrum_of([1.0, 2.0], 5).moment(20) == pytest.approx((1 + 2**20) / 2)
+
+
+def test_free_cumulants_of_the_laws():
+    wigner = spectrum_of(semicircle(20000), 60).free_cumulants()
+    assert wigner.skew.mean == pytest.approx(0, abs=0.1)
+    assert wigner.kurtosis.mean == pytest.approx(0, abs=0.1)
+    assert wigner.k2.mean == pytest.approx(1, abs=0.05)
+    sample = spectrum_of(marchenko_pastur(20000), 60).free_cumulants()
+    # All free cumulants of a Marchenko-Pastur law of mean 1 and ratio c: c^(j-1).
+    assert sample.k1.mean == pytest.approx(1, abs=0.03)
+    assert sample.k2.mean == pytest.approx(0.5, abs=0.03)
+    assert sample.k3.mean == pytest.approx(0.25, abs=0.04)
+    assert sample.skew.mean == pytest.approx(0.5**0.5, abs=0.06)
+    assert sample.kurtosis.mean == pytest.approx(0.5, abs=0.12)
+
+
+def test_free_cumulants_of_a_sparse_matrix():
+    # The adjacency matrix of a random 4-regular graph over sqrt(4) (Kesten 1959, McKay 1981): m4 = 2 - 1/4, k4 = -1/4.
+    x = np.linspace(-(3**0.5), 3**0.5, 40001)
+    law = np.sqrt(np.clip(3 - x**2, 0, None)) / (4 - x**2)
+    share = np.cumsum(law) / law.sum()
+    eigenvalues = np.interp((np.arange(20000) + 0.5) / 20000, share, x)
+    found = spectrum_of(eigenvalues, 60).free_cumulants()
+    assert found.k2.mean == pytest.approx(1, abs=0.03)
+    assert found.skew.mean == pytest.approx(0, abs=0.05)
+    assert found.kurtosis.mean == pytest.approx(-0.25, abs=0.05)
+
+
+def test_outliers_are_removed_and_counted():
+    spiked = spectrum_of(np.append(marchenko_pastur(19991), 8 * 1.3 ** np.arange(9)), 100)
+    found = spiked.free_cumulants()
+    assert spiked.outliers.high.count == found.removed == 9
+    assert found.skew.mean == pytest.approx(0.5**0.5, abs=0.06)
+    # With the outliers in, nothing of the bulk is left to see.
+    T = spiked.moment(4) - spiked.moment(2) ** 2
+    assert T / spiked.moment(2) ** 2 > 10
+
+
+def test_errors_of_free_cumulants_are_calibrated():
+    eigenvalues = semicircle(2000)
+    names = ("k1", "k2", "k3", "k4", "skew", "kurtosis")
+    truth = (0, 1, 0, 0, 0, 0)
+    z = []
+    for seed in range(100):
+        found = spectrum_of(eigenvalues, 40, seed=seed).free_cumulants()
+        z.append(
+            [
+                (getattr(found, name).mean - t) / getattr(found, name).stderr
+                for name, t in zip(names, truth, strict=True)
+            ]
+        )
+    z = np.array(z)
+    assert (np.mean(np.abs(z) < 1, axis=0) > 0.5).all()
+    assert (np.mean(np.abs(z) < 2, axis=0) > 0.88).all()
+    assert (z.std(axis=0) > 0.7).all()
+
+
+def test_everything_scales_with_the_operator():
+    eigenvalues = hessian_like(1000, np.random.default_rng(0))
+    base = spectrum_of(eigenvalues, 60, probes=2)
+    x = np.linspace(-1, 60, 7)
+    for c in (1e-8, 1e8):
+        # Scaling the coefficients is scaling the operator, without another run's rounding.
+        runs = tuple(Tridiagonal(c * run.alpha, c * run.beta, run.reorthogonalised) for run in base.runs)
+        scaled = Spectrum(runs, base.size, base.products, base.noise)
+        assert scaled.trace.mean == pytest.approx(c * base.trace.mean)
+        assert scaled.trace.stderr == pytest.approx(c * base.trace.stderr)
+        assert scaled.frobenius.mean == pytest.approx(c * base.frobenius.mean)
+        assert scaled.frobenius.stderr == pytest.approx(c * base.frobenius.stderr, rel=1e-6)
+        assert scaled.moment(3) == pytest.approx(c**3 * base.moment(3))
+        assert scaled.density(c * x) == pytest.approx(base.density(x) / c)
+        assert scaled.cdf(c * x) == pytest.approx(base.cdf(x))
+        for mine, theirs in zip(scaled.cdf_band(c * x), base.cdf_band(x), strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-9)
+        assert scaled.quantile(0.98) == pytest.approx(c * base.quantile(0.98))
+        assert scaled.quantile_bounds(0.98) == pytest.approx(tuple(c * q for q in base.quantile_bounds(0.98)), rel=1e-6)
+        assert scaled.zero_mass == pytest.approx(base.zero_mass)
+        assert scaled.zero_width == pytest.approx(c * base.zero_width, rel=1e-6)
+        assert scaled.negative_mass == pytest.approx(base.negative_mass)
+        assert scaled.free_cumulants().kurtosis.mean == pytest.approx(base.free_cumulants().kurtosis.mean, rel=1e-6)
+        assert [level.value for level in scaled.top] == pytest.approx([c * level.value for level in base.top])
+        assert scaled.outliers.high.gap_spacings == pytest.approx(base.outliers.high.gap_spacings, rel=1e-8)

@@ -1,0 +1,85 @@
+"""Mass at zero and below it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from known_spectra import (
+    hessian_like,
+    marchenko_pastur,
+    power_law,
+    semicircle,
+    spectrum_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("n", "steps", "tolerance"), [(2000, 100, 0.09), (2000, 200, 0.09), (20000, 60, 0.05), (20000, 100, 0.03)]
+)
+def test_an_atom_of_60_percent(n, steps, tolerance):
+    # One probe's sampling error is sqrt(2 * 0.6 * 0.4 / n): 0.015 at n = 2000.
+    eigenvalues = hessian_like(n, np.random.default_rng(0))
+    for seed in range(4):
+        spectrum = spectrum_of(eigenvalues, steps, seed=seed)
+        assert spectrum.zero_mass == pytest.approx(0.6, abs=tolerance)
+        assert 0 < spectrum.zero_width < 0.06
+        assert spectrum.negative_mass == pytest.approx(0.1, abs=0.04)
+
+
+def test_three_vector_probes_see_the_same_atom():
+    eigenvalues = hessian_like(20000, np.random.default_rng(0))
+    for steps in (60, 100, 200):
+        spectrum = spectrum_of(eigenvalues, steps, probes=2, reorthogonalise_all=False)
+        assert spectrum.zero_mass == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [semicircle(2000), marchenko_pastur(2000), power_law(2000, 0.5), np.random.default_rng(0).standard_t(3, 2000)],
+    ids=["semicircle", "marchenko-pastur", "power law", "t3"],
+)
+def test_no_atom_where_there_is_none(eigenvalues):
+    for steps in (30, 51, 100):
+        spectrum = spectrum_of(eigenvalues, steps, seed=steps)
+        assert spectrum.zero_mass == spectrum.zero_width == 0
+        assert spectrum.zero_mass_bounds[0] == 0
+        assert spectrum.negative_mass == pytest.approx(np.mean(eigenvalues < 0), abs=0.06)
+
+
+def cored(rng):
+    """A core around zero with a heavy tail on both sides, as the Hessian of a network: no exact zeros."""
+    core = rng.standard_normal(1400) * 10 ** rng.uniform(-8, -3, 1400)
+    return np.concatenate([core, 0.3 * np.arange(1.0, 700) ** -0.7, -0.1 * np.arange(1.0, 300) ** -0.7])
+
+
+@pytest.mark.parametrize("make", [cored, lambda rng: hessian_like(2000, rng)], ids=["core", "atom"])
+def test_what_is_said_of_the_width_is_true_of_the_width(make):
+    # Whatever the width comes out as, the mass is that within it, and the bounds hold.
+    held, error = [], []
+    for seed in range(20):
+        eigenvalues = make(np.random.default_rng(seed))
+        spectrum = spectrum_of(eigenvalues, 80, seed=seed)
+        within = np.mean(np.abs(eigenvalues) <= spectrum.zero_width)
+        below = np.mean(eigenvalues < -spectrum.zero_width)
+        held += [
+            spectrum.zero_mass_bounds[0] <= within <= spectrum.zero_mass_bounds[1],
+            spectrum.negative_mass_bounds[0] <= below <= spectrum.negative_mass_bounds[1],
+        ]
+        error += [spectrum.zero_mass - within, spectrum.negative_mass - below]
+        assert spectrum.zero_mass_bounds[0] <= spectrum.zero_mass <= spectrum.zero_mass_bounds[1]
+        assert spectrum.negative_mass_bounds[0] <= spectrum.negative_mass <= spectrum.negative_mass_bounds[1]
+    assert np.mean(held) > 0.9
+    assert np.std(error) < 0.08
+    assert abs(np.mean(error)) < 0.03
+
+
+def test_positive_operators_have_no_negative_mass():
+    spectrum = spectrum_of(marchenko_pastur(1000), 60)
+    assert spectrum.negative_mass == 0
+    assert spectrum.negative_mass_bounds[1] < 1e-6
+
+
+def test_the_zero_operator_is_all_zero():
+    spectrum = spectrum_of(np.zeros(30), 10)
+    assert spectrum.zero_mass == 1
+    assert spectrum.negative_mass == 0
