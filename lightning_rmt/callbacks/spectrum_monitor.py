@@ -314,6 +314,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                     parameters=self.parameters,
                     loss_fn=self.loss_fn,
                     outputs_fn=self.outputs_fn,
+                    autocast=self.autocast and "mixed" in str(trainer.precision),
                 )
                 stack.callback(operator.release)
                 return operator, (*hooks, *notes)

@@ -1,4 +1,4 @@
-"""The loss whose curvature is measured: the `loss_fn` argument, the module's ``curvature_loss``, or its ``training_step``."""
+"""The loss whose curvature is measured: the `loss_fn` argument, the module's ``curvature_loss``, or ``training_step``."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_rmt.curvature.errors import SecondDerivativeError
@@ -14,7 +15,7 @@ from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import hooked_parameters, select_parameters
-from lightning_rmt.krylov.lanczos import start_vector
+from lightning_rmt.krylov.lanczos import rounding_noise, start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
 from lightning_rmt.live.loss import LossFn, curvature_loss
 from lightning_rmt.live.namespaces import MisconfigurationException
@@ -50,6 +51,7 @@ def build_operator(
     parameters: Sequence[str] | None,
     loss_fn: LossFn | None,
     outputs_fn: OutputsFn | None,
+    autocast: bool = False,
 ) -> tuple[CurvatureOperator, tuple[str, ...]]:
     """The operator on this rank's batches, and sentences about it that the user should read.
 
@@ -62,6 +64,7 @@ def build_operator(
         parameters: name globs, or None for all trainable ones.
         loss_fn: the user's loss, or None.
         outputs_fn: the user's outputs and loss for the Gauss-Newton matrix, or None.
+        autocast: whether the fence computes in mixed precision.
 
     Raises:
         CurvatureError: the product can't be had; the message says what to do.
@@ -69,6 +72,8 @@ def build_operator(
     """
     chosen = select_parameters(module.named_parameters(), parameters)
     operator, notes = _operator(module, chosen, captured, curvature, product, loss_fn, outputs_fn)
+    if autocast:  # the parameters' dtype doesn't tell
+        operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     return operator, (*notes, *_warnings(operator))
 
 
@@ -88,13 +93,13 @@ def _operator(
         return GradientCovariance(loss, chosen, captured), ()
     if product == "finite_difference":
         return _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
-    hessian = Hessian(loss, chosen, captured)
-    if product == "exact":
-        return hessian, ()
     try:
-        hessian.matvec(start_vector(hessian, 0))
+        hessian = Hessian(loss, chosen, captured)
+        if product == "auto":
+            hessian.matvec(start_vector(hessian, 0))  # some operations fail only here
     except SecondDerivativeError as error:
-        hessian.release()
+        if product == "exact":
+            raise
         return _finite_differences(loss, chosen, captured, f"PyTorch has no second derivative of {error.operation}")
     return hessian, ()
 
@@ -103,7 +108,8 @@ def _finite_differences(
     loss: Any, chosen: list[tuple[str, Tensor]], captured: Sequence[CapturedBatch], why: str
 ) -> tuple[CurvatureOperator, tuple[str, ...]]:
     operator = FiniteDifferenceHessian(loss, chosen, captured)
-    check = operator.check()
+    check = operator.checked
+    assert check is not None  # made unless a tolerance of infinity asks for none
     return operator, (
         f"products are finite differences of gradients, because {why}: two steps differ by {check.disagreement:.1e}, "
         f"asymmetry {check.asymmetry:.1e}. Good for density and outliers, not for the last digits",
