@@ -15,6 +15,15 @@ from live_models import (
     Gan,
     Lbfgs,
     Metered,
+    Unlogged,
+    cnn,
+    critic_loss,
+    images,
+    parametrised,
+    tokens,
+    vectors,
+)
+from nasty_models import (
     MomentumEncoder,
     MutatesBatch,
     Nasty,
@@ -25,14 +34,7 @@ from live_models import (
     Sequence,
     StepsInBackward,
     Stops,
-    Unlogged,
     WritesToLogger,
-    cnn,
-    critic_loss,
-    images,
-    parametrised,
-    tokens,
-    vectors,
 )
 from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from pytorch_lightning.plugins.precision import MixedPrecision
@@ -91,6 +93,13 @@ CASES = (
     ),
     Case("gradient scaler, clip", Classifier, vectors, gradient_scaler, hooks=HOOKS[:1] + HOOKS[2:]),
     Case("compiled, aot_eager", Unlogged, vectors, compiled="aot_eager"),
+    Case(
+        "compiled, inductor",
+        Unlogged,
+        vectors,
+        compiled="inductor",
+        ignore=("`torch.jit.script_method` is deprecated", "`torch.jit.script` is deprecated"),
+    ),
     Case("weight averaging", lambda: Classifier(cnn()), images, weight_averaging, validation=True),
     Case("SWA with its batch norm epoch", lambda: Classifier(cnn()), images, stochastic_weight_averaging),
     Case(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.sharding import unsharded
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes, which would outlive its test
 Fingerprint = dict[str, list[str]]
 
 EVERY = 3  # hook calls, or steps, from probe to probe
@@ -207,10 +209,21 @@ def train(case: Case, directory: Path, probe: pl.Callback | None = None, checkpo
                 **options,
             }
         )
-        fitted = torch.compile(module, backend=case.compiled) if case.compiled else module
+        fitted = module
+        if case.compiled:
+            torch._dynamo.reset()  # or it gives up compiling the same step again and again for new modules
+            torch._dynamo.utils.counters.clear()
+            fitted = torch.compile(module, backend=case.compiled)
         loader = case.loader()
         validation = DataLoader(loader.dataset, batch_size=4) if case.validation else None
-        trainer.fit(fitted, loader, validation, ckpt_path=checkpoint)
+        try:
+            trainer.fit(fitted, loader, validation, ckpt_path=checkpoint)
+        finally:
+            torch.use_deterministic_algorithms(False)  # which Trainer(deterministic=True) leaves behind
+    if case.compiled:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        recorder.prints["graphs"] = [str(graphs)]
     return recorder.prints
 
 

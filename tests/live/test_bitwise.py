@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,18 +14,25 @@ from harness import EVERY, Case, Fingerprint, ProductProbe, differences, train
 import lightning_rmt.live.fence
 from lightning_rmt import SpectrumMonitor
 
+INDUCTOR = (
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
+)
+MARKED = [pytest.param(case, marks=INDUCTOR if case.compiled == "inductor" else ()) for case in CASES]
+AT_HOOKS = [pytest.param(*p.values, hook, marks=p.marks) for p in MARKED for hook in p.values[0].hooks]
+
 
 @cache
 def control(case: Case, directory: Path) -> Fingerprint:
     return train(case, directory)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MARKED, ids=str)
 def test_two_controls_agree(case, tmp_path_factory):
     assert differences(train(case, tmp_path_factory.getbasetemp()), control(case, tmp_path_factory.getbasetemp())) == []
 
 
-@pytest.mark.parametrize(("case", "hook"), [(c, h) for c in CASES for h in c.hooks], ids=str)
+@pytest.mark.parametrize(("case", "hook"), AT_HOOKS, ids=str)
 def test_training_is_the_same_with_products_behind_the_fence(case, hook, tmp_path_factory):
     probe = ProductProbe(case, hook)
     probed = train(case, tmp_path_factory.getbasetemp(), probe)
@@ -32,10 +40,10 @@ def test_training_is_the_same_with_products_behind_the_fence(case, hook, tmp_pat
     assert probe.taken > 0
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_training_is_the_same_with_a_spectrum_monitor(case, tmp_path):
+@pytest.mark.parametrize("case", MARKED, ids=str)
+def test_training_is_the_same_with_a_spectrum_monitor(case, tmp_path, tmp_path_factory):
     monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, loss_fn=case.loss_fn, on_error="raise")
-    assert differences(train(case, tmp_path, monitor), train(case, tmp_path)) == []
+    assert differences(train(case, tmp_path, monitor), control(case, tmp_path_factory.getbasetemp())) == []
     assert monitor.history
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from harness import EVERY, Case, ProductProbe, differences, digest, train
-from live_models import Classifier, Collected, WritesToLogger, cnn, images, vectors
+from live_models import Classifier, Collected, cnn, images, vectors
+from nasty_models import WritesToLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from two_ranks import on_two_ranks

@@ -1,0 +1,125 @@
+"""Python attributes, hidden modules, training flags and logging behind the fence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fenced_modules import Stateful
+from nasty_models import Meter
+from torch import nn
+
+from lightning_rmt.live.fence import fence
+
+
+def test_python_attributes_hold_again_what_they_held():
+    module = Stateful()
+    objects = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
+    inner = (module.list[1], module.list[1][1], module.dict["t"][0])
+    before = module.snapshot()
+    with fence(None, module, seed=0):
+        assert module.weights[0] is module.net.weight  # what the loss is differentiated by is never copied
+        module.upset()
+        assert module.snapshot() != before
+    assert module.snapshot() == before
+    assert all(module.__dict__[k] is v for k, v in objects.items())
+    assert all(a is b for a, b in zip(inner, (module.list[1], module.list[1][1], module.dict["t"][0]), strict=True))
+    assert not hasattr(module.net, "own")
+
+
+class Connection:
+    """Stands for an object of an installed library."""
+
+    def __init__(self):
+        self.sent = 0
+
+
+def test_objects_of_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(Connection, "__module__", "torch.utils.tensorboard.writer")
+    net = nn.Linear(1, 1)
+    net.connection, net.meter = Connection(), Meter()
+    with fence(None, net, seed=0):
+        net.connection.sent += 1
+        net.meter.update(1.0)
+    assert (net.connection.sent, net.meter.mean) == (1, 0.0)
+
+
+def test_hidden_modules_are_guarded():
+    net = nn.Linear(2, 2)
+    net.teacher = [nn.Sequential(nn.BatchNorm1d(2))]
+    norm = net.teacher[0][0]
+    with fence(None, net, seed=0):
+        net.teacher[0](torch.randn(4, 2)).sum().backward()
+        net.teacher[0].eval()
+    assert norm.num_batches_tracked == 0
+    assert norm.training
+    assert norm.weight.grad is None
+
+
+def test_training_flags():
+    net = nn.Sequential(nn.Linear(1, 1), nn.Dropout().eval())
+    with fence(None, net, seed=0):
+        net.eval()
+        net[1].train()
+    assert [m.training for m in net.modules()] == [True, True, False]
+
+
+class Module(nn.Linear):
+    """As much of a LightningModule as matters here."""
+
+    _current_fx_name = "on_train_batch_end"
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.logged = []
+
+    def log(self, *args, **kwargs):
+        raise AssertionError("logged")
+
+    log_dict = print = log
+
+
+class Logger:
+    name, save_dir, version = "runs", "/runs", 3
+
+    @property
+    def experiment(self):
+        raise AssertionError("touched")
+
+    def log_metrics(self, metrics, step):
+        raise AssertionError("logged")
+
+
+def test_logging_is_silent_inside():
+    module = Module()
+    trainer = SimpleNamespace(_loggers=[Logger()], profiler=(profiler := object()))
+    loggers = trainer._loggers
+    with fence(trainer, module, seed=0):
+        module.log("loss", 1.0)
+        module.log_dict({"a": 1})
+        module.print("hello")
+        assert module._current_fx_name == "training_step"
+        (logger,) = trainer._loggers
+        assert isinstance(logger, Logger)
+        assert (logger.name, logger.save_dir, logger.version) == ("runs", "/runs", 3)
+        logger.log_metrics({"a": 1}, step=0)
+        logger.experiment.add_scalar("a", 1)
+        logger[0].experiment.anything.at["all"](1)
+        logger.some = 1
+        with trainer.profiler.profile("own"):
+            pass
+    assert "log" not in module.__dict__
+    assert "_current_fx_name" not in module.__dict__
+    assert trainer._loggers is loggers
+    assert trainer.profiler is profiler
+    with pytest.raises(AssertionError, match="logged"):
+        module.log("loss", 1.0)
+
+
+def test_a_log_that_was_replaced_before_is_put_back():
+    module = Module()
+    module.log = mine = lambda *args: None
+    with fence(None, module, seed=0):
+        assert module.log is not mine
+    assert module.log is mine
