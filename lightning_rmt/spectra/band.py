@@ -76,14 +76,14 @@ def cdf_bounds(
     """Bounds on the share of eigenvalues at or below x.
 
     Beyond the cuts of the exact levels the share is known. Between them the bounds of each probe are averaged and widened
-    by ``z`` standard errors of a probe's mass, ``sqrt(2 F (1 - F) / (b + 2) / probes)`` for the b eigenvalues that
-    are not known exactly.
+    by the sampling error of a probe's mass over the b eigenvalues that are not known exactly, whose standard deviation is
+    ``sqrt(2 F (1 - F) / (b + 2) / probes)``.
 
     Args:
         runs: the probes.
         quadrature: the measure with its exact levels.
         x: points, any shape.
-        z: standard errors of sampling; 0 leaves the bare inequalities.
+        z: how much of the sampling error, in standard deviations of a normal law; 0 leaves the bare inequalities.
         of_one: the bounds of one run, `stieltjes_bounds` or the cheaper and wider `node_bounds`.
     """
     points = np.asarray(x, dtype=np.float64)
@@ -103,12 +103,32 @@ def cdf_bounds(
         low_sum += ((low - part.below) / mass).clip(0, 1)
         high_sum += ((high - part.below) / mass).clip(0, 1)
     low, high = low_sum / len(used), high_sum / len(used)
-    worst = np.clip(0.5, low, high)
-    widen = z * np.sqrt(2 * worst * (1 - worst) / (rest + 2) / len(used))
     below = quadrature.low.size
-    lower[inside] = (below + rest * (low - widen).clip(0, 1)) / n
-    upper[inside] = (below + rest * (high + widen).clip(0, 1)) / n
+    lower[inside] = (below + rest - _most_levels(1 - low, rest, len(used), z)) / n
+    upper[inside] = (below + _most_levels(high, rest, len(used), z)) / n
     return lower, upper
+
+
+def _most_levels(mass: NDArray[np.float64], levels: int, probes: int, z: float) -> NDArray[np.float64]:
+    """The largest number of levels, of so many, that may hold a mass this small in the mean over probes.
+
+    k of b levels hold a mass of law Beta(k/2, (b - k)/2) in one random direction, of about Beta(k p/2, (b - k) p/2) in
+    the mean over p. Numbers that would leave so small a mass with a probability below that of -z standard deviations are
+    ruled out. A normal approximation fails where it matters, for the few levels of a tail.
+    """
+    if z <= 0:
+        return mass * levels
+    from scipy.special import betainc, ndtr  # not before a band is asked for
+
+    alpha = ndtr(-z)
+    possible, ruled_out = np.zeros(mass.shape), np.full(mass.shape, levels + 1.0)
+    while (ruled_out - possible > 1).any():
+        k = np.floor((possible + ruled_out) / 2)
+        # the law has no density for k = 0 or k = b
+        inner = betainc(np.maximum(k, 0.5) * probes / 2, np.maximum(levels - k, 0.5) * probes / 2, mass)
+        fits = np.where(k == 0, True, np.where(k == levels, mass >= 1 - 1e-12, inner >= alpha))
+        possible, ruled_out = np.where(fits, k, possible), np.where(fits, ruled_out, k)
+    return possible
 
 
 def quantile_bounds(runs: tuple[Tridiagonal, ...], quadrature: Quadrature, p: float, z: float) -> tuple[float, float]:
