@@ -35,7 +35,8 @@ def spectrum_figure(reading: Reading) -> Figure:
     figure = style.new_figure(6.4, 4.1)
     axes = figure.add_axes((0.105, 0.125, 0.865, 0.635))
     style.dress(axes)
-    axis = style.EigenvalueAxis.spanning(*_ends(reading), _bulk_scale(spectrum))
+    entry = HistoryEntry.from_reading(reading)
+    axis = style.EigenvalueAxis.spanning(*_ends(entry), entry.masses.scale())
     axis.apply(axes)
     axes.grid(axis="x", color=style.GRID, linewidth=0.7)
 
@@ -43,7 +44,7 @@ def spectrum_figure(reading: Reading) -> Figure:
     _draw_atoms(axes, spectrum)
     _draw_levels(axes, spectrum)
     _draw_edges(axes, spectrum)
-    _draw_limit(axes, reading, axis)
+    _draw_limit(axes, entry, axis)
 
     axes.set_xlabel(f"eigenvalue of the {operator_words(reading.curvature)}", size=style.LABEL_SIZE)
     axes.set_ylabel("density per unit eigenvalue", size=style.LABEL_SIZE)
@@ -61,18 +62,10 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _ends(reading: Reading) -> tuple[float, float]:
-    """What the axis must show: all eigenvalues, zero unless it is far away, and 2/lr where that is near."""
-    spectrum = reading.spectrum
-    low, high = spectrum.lambda_min.value, spectrum.lambda_max.value
-    limit = HistoryEntry.from_reading(reading).two_over_lr
-    if limit is not None and high < limit <= 2.0 * high:
-        high = limit
-    return low, high
-
-
-def _bulk_scale(spectrum: Spectrum) -> float:
-    return max(abs(spectrum.quantile(0.1)), abs(spectrum.quantile(0.9)))
+def _ends(entry: HistoryEntry) -> tuple[float, float]:
+    """What the axis must show: all eigenvalues, and 2/lr where that is near."""
+    limit, high = entry.two_over_lr, entry.lambda_max
+    return entry.lambda_min, limit if limit is not None and high < limit <= 2.0 * high else high
 
 
 def _draw_density(axes: Axes, spectrum: Spectrum, axis: style.EigenvalueAxis) -> None:
@@ -167,8 +160,8 @@ def _draw_edges(axes: Axes, spectrum: Spectrum) -> None:
         axes.axvline(edge, color=style.INK, linewidth=1.1, linestyle=(0, (1, 1.6)), label=label if i == 0 else None)
 
 
-def _draw_limit(axes: Axes, reading: Reading, axis: style.EigenvalueAxis) -> None:
-    limit = HistoryEntry.from_reading(reading).two_over_lr
+def _draw_limit(axes: Axes, entry: HistoryEntry, axis: style.EigenvalueAxis) -> None:
+    limit = entry.two_over_lr
     if limit is not None and 1e-3 * axis.high < limit < axis.high:
         axes.axvline(
             limit, color=style.LIMIT, linewidth=1.2, linestyle=(0, (5, 2.5)), label=f"2/lr = {typeset(number(limit))}"

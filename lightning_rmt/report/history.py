@@ -50,10 +50,10 @@ class LogMasses:
     @classmethod
     def of(cls, spectrum: Spectrum) -> LogMasses:
         """The masses of ``spectrum``, from differences of its CDF."""
-        reach = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
-        smallest = max(reach / 10.0**DECADES, spectrum.zero_width, 1e-280)
-        lowest = math.ceil(math.log10(smallest) * BINS_PER_DECADE)
-        count = max(math.floor(math.log10(max(reach, smallest)) * BINS_PER_DECADE) + 1 - lowest, 0) + 1
+        reach = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value)) or 1.0
+        highest = math.floor(math.log10(reach) * BINS_PER_DECADE) + 1
+        count = DECADES * BINS_PER_DECADE
+        lowest = highest - count
         edges = np.array([bin_edge(lowest + i) for i in range(count + 1)])
         cdf = spectrum.cdf(np.concatenate([-edges[::-1], edges]))
         cdf[0], cdf[-1] = 0.0, 1.0  # the outermost bins keep what smoothing puts beyond them
@@ -64,6 +64,18 @@ class LogMasses:
             positive=_log10(masses[count + 1 :]),
             negative=_log10(masses[:count][::-1]),
         )
+
+    def scale(self, share: float = 0.3) -> float:
+        """Magnitude within which ``share`` of the mass lies, what is pooled at zero left out; a bin's edge.
+
+        An axis that is linear up to here shows the bulk, also where most eigenvalues are zero.
+        """
+        sides = np.zeros((2, max(len(self.positive), len(self.negative))))
+        for side, logs in zip(sides, (self.positive, self.negative), strict=True):
+            side[: len(logs)] = [_mass(value) for value in logs]
+        upto = np.cumsum(sides.sum(axis=0))
+        inside = int(np.searchsorted(upto, share * upto[-1], side="right")) if upto[-1] > 0.0 else 0
+        return bin_edge(self.lowest_bin + inside)
 
     def pooled(self, lowest: int, highest: int) -> NDArray[np.float64]:
         """Masses (not logs) on the bins from -highest to highest, with all below bin ``lowest`` pooled at zero.

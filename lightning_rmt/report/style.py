@@ -86,7 +86,9 @@ class EigenvalueAxis:
 
     @classmethod
     def symlog(cls, low: float, high: float, linear_to: float, linear_decades: float = 0.8) -> EigenvalueAxis:
-        """A symlog axis from ``low`` to ``high`` with room to spare."""
+        """A symlog axis from ``low`` to ``high`` with room to spare; its linear part takes at least a tenth of it."""
+        decades = sum(math.log10(max(end / linear_to, 1.0)) for end in (high, -low))
+        linear_decades = max(linear_decades, 0.07 * decades)
         bare = cls(low, high, linear_to, linear_decades)
         ends = bare.position([min(low, -0.4 * linear_to), max(high, 0.4 * linear_to)])
         room = 0.05 * (ends[1] - ends[0])

@@ -114,17 +114,10 @@ def _bins(entries: Sequence[HistoryEntry]) -> tuple[int, int]:
     reach = max(max(abs(entry.lambda_max), abs(entry.lambda_min)) for entry in entries)
     highest = math.floor(math.log10(reach) * BINS_PER_DECADE) + 1 if reach > 0 else 1
     finest = max(entry.masses.lowest_bin for entry in entries)
+    scale = math.log10(float(np.median([entry.masses.scale() for entry in entries])))
     # Whole decades, so that the ticks at the ends of the linear part are powers of ten.
-    decades = range(math.ceil(finest / BINS_PER_DECADE), math.ceil(highest / BINS_PER_DECADE))
-    choices = [decade * BINS_PER_DECADE for decade in decades] or [highest - 1]
-    pooled = [float(np.median([_mass_at_zero(entry, k, highest) for entry in entries])) for k in choices]
-    # The coarsest at which the linear part doesn't swallow more than half of what isn't zero.
-    limit = pooled[0] + 0.5 * (1.0 - pooled[0])
-    return max(k for k, mass in zip(choices, pooled, strict=True) if mass <= limit), highest
-
-
-def _mass_at_zero(entry: HistoryEntry, lowest: int, highest: int) -> float:
-    return float(entry.masses.pooled(lowest, highest)[highest - lowest])
+    decade = max(math.floor(scale + 1e-9), math.ceil(finest / BINS_PER_DECADE))
+    return min(decade * BINS_PER_DECADE, highest - 1), highest
 
 
 def _shown(entries: Sequence[HistoryEntry], edges: NDArray[np.float64], linear_to: float) -> tuple[float, float]:

@@ -29,6 +29,14 @@ def test_pooling_moves_inner_bins_to_zero_and_keeps_the_rest(exact, exact_eigenv
     assert pooled[: pooled.size // 2].sum() == pytest.approx(2 / 12, rel=1e-2)  # -3 and -0.5
 
 
+def test_scale_is_where_the_share_of_what_is_not_zero_lies(reading_of):
+    eigenvalues = np.concatenate([np.zeros(500), np.linspace(0.01, 1.0, 100), [-30.0]])
+    masses = LogMasses.of(reading_of(eigenvalues, steps=120).spectrum)
+    assert masses.scale(0.5) == pytest.approx(0.5, rel=0.25)  # a bin is 21 % wide
+    assert masses.scale(0.1) == pytest.approx(0.1, rel=0.25)
+    assert LogMasses.of(reading_of(np.zeros(9)).spectrum).scale() < 1e-4  # nothing but zeros: all of it is pooled
+
+
 def test_a_bin_finer_than_what_is_stored_is_refused(exact):
     masses = LogMasses.of(exact.spectrum)
     with pytest.raises(ValueError, match="pools all bins below"):
@@ -40,7 +48,7 @@ def test_all_mass_is_kept(any_reading):
     masses = entry.masses
     stored = [masses.zero, *masses.positive, *masses.negative]
     assert sum(10**value for value in stored) == pytest.approx(1.0, rel=5e-3)
-    assert len(stored) <= 2 * (5 * BINS_PER_DECADE + 2) + 1
+    assert len(stored) == 2 * 5 * BINS_PER_DECADE + 1
 
 
 def test_fields_come_from_the_spectrum(trained):
