@@ -1,6 +1,6 @@
 """Watch the curvature of a small convolutional net (BatchNorm, Dropout) while it learns scikit-learn's digits.
 
-    python examples/demo.py [--epochs 700] [--output demo_output]
+    python examples/demo.py [--epochs 650] [--output demo_output]
 
 One line of it is about the monitor: ``callbacks=[SpectrumMonitor()]``.
 """
@@ -60,7 +60,7 @@ class ShiftedDigits(Dataset):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=700)
+    parser.add_argument("--epochs", type=int, default=650)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -70,6 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)  # for a network this small, more threads only wait for each other
     trainer = pl.Trainer(
         max_epochs=args.epochs,
+        max_time={"seconds": 90},  # on a slow machine
         accelerator="cpu",
         default_root_dir=args.output,
         enable_checkpointing=False,

@@ -200,7 +200,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             recurring = self._take(trainer, pl_module, step)
             self._schedule.probed(step, time.perf_counter() - now, recurring)
         elif self._schedule.undecided(step):
-            self._schedule.set_next(Ranks.of(trainer).from_first(self._schedule.decide(step, self._total_steps)))
+            following = self._schedule.decide(step, self._total_steps)
+            self._schedule.set_next(step, Ranks.of(trainer).from_first(following))
         self._clock = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

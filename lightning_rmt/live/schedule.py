@@ -37,6 +37,7 @@ class Schedule:
         self.probe_seconds = 0.0
         self.training_seconds = 0.0
         self._next: int | None = 0
+        self._review: int | None = None
         self._last_probe: int | None = None
         self._last_cost = 0.0
         self._step_seconds: deque[float] = deque(maxlen=100)
@@ -80,14 +81,13 @@ class Schedule:
             recurring: what the next one will cost: without the imports of the first and the figures of some.
         """
         self.probe_seconds += seconds
-        self._last_probe, self._last_cost, self._next = step, seconds if recurring is None else recurring, None
+        self._last_probe, self._last_cost = step, seconds if recurring is None else recurring
+        self._next, self._review = None, step + STEPS_TO_MEASURE
         self._step_seconds.clear()
 
     def undecided(self, step: int) -> bool:
-        """Whether the next probe's step is to be decided now; the same on every rank."""
-        if self.every_n_steps is not None or self._next is not None or self._last_probe is None:
-            return False
-        return step >= self._last_probe + STEPS_TO_MEASURE
+        """Whether the next probe's step is to be decided, or decided anew, after this step; the same on every rank."""
+        return self.every_n_steps is None and self._review is not None and step >= self._review
 
     def decide(self, step: int, total_steps: float) -> int:
         """The step at which the next window opens, from this rank's clock.
@@ -119,14 +119,18 @@ class Schedule:
                     return NEVER
         return max(step + 1, math.ceil(following))
 
-    def set_next(self, step: int) -> None:
-        """Takes over the decision of the deciding rank."""
-        self._next = step
+    def set_next(self, step: int, following: int) -> None:
+        """Takes over, at ``step``, the deciding rank's answer; it is looked at again half-way, as steps get slower."""
+        self._next = following
+        distance = following - step
+        soon = distance <= 2 * STEPS_TO_MEASURE
+        self._review = None if soon else step + max(min(distance // 2, step), STEPS_TO_MEASURE)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, for a checkpoint."""
         return {
             "next": self._next,
+            "review": self._review,
             "last_probe": self._last_probe,
             "last_cost": self._last_cost,
             "probe_seconds": self.probe_seconds,
@@ -136,6 +140,7 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self._next = state["next"]
+        self._review = state["review"]
         self._last_probe = state["last_probe"]
         self._last_cost = float(state["last_cost"])
         self.probe_seconds = float(state["probe_seconds"])

@@ -33,16 +33,15 @@ def test_batches_are_collected_over_the_steps_before_the_probe(batches, accumula
 
 
 def simulate(schedule, steps, step_seconds, probe_seconds, total=math.inf):
-    """Runs a training with constant costs; returns the steps probed and the measured overhead."""
+    """Runs a training with these costs; returns the steps probed and the measured overhead."""
     probed = []
     for step in range(steps):
-        schedule.collects(step, 1)
-        schedule.stepped(step_seconds)
+        schedule.stepped(step_seconds(step) if callable(step_seconds) else step_seconds)
         if schedule.due(step, 1):
             probed.append(step)
             schedule.probed(step, probe_seconds)
         elif schedule.undecided(step):
-            schedule.set_next(schedule.decide(step, total))
+            schedule.set_next(step, schedule.decide(step, total))
     return probed, schedule.overhead
 
 
@@ -64,6 +63,28 @@ def test_known_length_spreads_the_same_budget_with_more_at_the_beginning(batches
     assert distances == sorted(distances)
     assert distances[0] < steps / 50
     assert probed[-1] == steps - 1
+
+
+@pytest.mark.parametrize("total", [20_000, math.inf])
+def test_steps_that_get_slower_are_noticed(total):
+    """At first the whole budget seems to be two probes; later it is many."""
+    probed, overhead = simulate(
+        Schedule(None, 0.05, 1), 20_000, lambda step: 0.005 if step < 1000 else 0.05, 2.0, total=total
+    )
+    assert 0.04 < overhead < 0.055
+    assert len(probed) > 15
+
+
+def test_the_next_probe_is_looked_at_a_few_times_only():
+    schedule, looks = Schedule(None, 0.05, 1), 0
+    schedule.probed(0, 100.0)
+    for step in range(1, 20_000):
+        schedule.stepped(0.1)
+        if schedule.undecided(step):
+            schedule.set_next(step, schedule.decide(step, math.inf))
+            looks += 1
+    assert schedule.due(20_000, 1)
+    assert looks < 25
 
 
 def test_a_training_too_short_for_a_second_probe_gets_one():
