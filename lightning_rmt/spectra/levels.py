@@ -129,11 +129,7 @@ def ritz_levels(run: Tridiagonal, noise: float) -> RitzLevels:
         run: a finished Lanczos run.
         noise: relative rounding error of a product (4.4e-15 for float64, 2.4e-6 for float32).
     """
-    scale = float(np.abs(run.nodes).max())
-    # A last coefficient at the level of rounding is a breakdown that the run was too noisy to notice.
-    complete = run.exhausted or float(run.beta[-1]) <= noise * scale
-    residuals = np.zeros(run.steps) if complete else run.residuals
-    return _distinct(run.nodes, residuals, run.weights, noise, complete, run.steps)
+    return _distinct(run.nodes, run.residuals, run.weights, noise, run.exhausted, run.steps)
 
 
 def exact_levels(eigenvalues: ArrayLike, noise: float = 20 * np.finfo(np.float64).eps) -> RitzLevels:

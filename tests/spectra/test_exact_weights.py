@@ -104,6 +104,18 @@ def test_a_degenerate_level_keeps_the_weight_that_was_measured():
     assert spectrum.cdf(6.0) - spectrum.cdf(4.0) == pytest.approx(100 / 2001, rel=0.5)
 
 
+def test_a_level_of_which_copies_have_been_seen_keeps_its_measured_weight_too():
+    # Multiplicity 3, so the weight alone (chi-squared with 3 degrees of freedom) says nothing; its copies do.
+    eigenvalues = np.concatenate(
+        [np.full(3, 9.0), [5.0, 4.0, 3.0], 10 ** np.random.default_rng(0).uniform(-3, -1, 500)]
+    )
+    found = [spectrum_of(eigenvalues, 60, seed=seed) for seed in range(60)]
+    assert (np.abs(found[0].nodes - 9) < 1e-9).sum() > 1
+    traces = np.array([spectrum.trace.mean for spectrum in found])
+    assert abs(traces.mean() - eigenvalues.sum()) < 4 * traces.std() / 60**0.5
+    assert 4 * traces.std() / 60**0.5 < 18  # what setting it to one level would cost
+
+
 @pytest.mark.parametrize(
     "eigenvalues",
     [np.arange(1.0, 8.0), np.append(np.zeros(300), [3.0, -2.0, 1.0]), np.ones(5), np.zeros(4), np.array([2.5])],

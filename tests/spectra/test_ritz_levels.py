@@ -12,6 +12,7 @@ from known_spectra import (
     marchenko_pastur,
     power_law,
     repelling_power_law,
+    semicircle,
     spectrum_of,
 )
 
@@ -111,12 +112,6 @@ def test_an_exhausted_run_holds_eigenvalues_only():
     assert spectrum.lambda_min.value == pytest.approx(0, abs=1e-12)
 
 
-def test_a_breakdown_that_rounding_hides_is_one_all_the_same():
-    alpha, beta = np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.5, 1e-17])
-    assert ritz_levels(Tridiagonal(alpha, beta), NOISE).complete
-    assert not ritz_levels(Tridiagonal(alpha, np.array([0.5, 0.5, 1e-3])), NOISE).complete
-
-
 @pytest.mark.parametrize("steps", [60, 100, 150])
 def test_copies_of_a_degenerate_level_are_one_level(steps):
     # Rounding brings copies in late; each alone passes for a level with a residual of zero.
@@ -131,13 +126,40 @@ def test_copies_of_a_degenerate_level_are_one_level(steps):
     assert np.unique(np.round(top, 9)).size == len(top)
 
 
-def test_two_real_levels_side_by_side_are_not_taken_for_copies():
-    eigenvalues = np.concatenate([goe(1000, np.random.default_rng(0)), [5.0, 5.0 + 1e-6]])
-    for steps in (40, 60, 100):
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
+def test_two_real_levels_side_by_side_are_not_taken_for_copies(distance):
+    eigenvalues = np.concatenate([goe(1000, np.random.default_rng(0)), [5.0, 5.0 + distance]])
+    # Step by step, while the second comes apart from the first.
+    for steps in range(8, 40):
         levels = ritz_levels(lanczos_of(eigenvalues, steps), NOISE)
-        # Before the pair comes apart the second is a node in mid-air, and the prefix ends there.
         assert levels.copies.max() == 1
-    assert levels.values[-2:] == pytest.approx([5.0, 5.0 + 1e-6], abs=1e-9)
+    assert levels.values[-2:] == pytest.approx([5.0, 5.0 + distance], abs=1e-9)
+
+
+def test_levels_that_rounding_blurs_are_not_resolved():
+    run = lanczos_of(np.append(goe(1000, np.random.default_rng(0)), [5.0, 5.01]), 60)
+    assert ritz_levels(run, 1e-5).resolved_high >= 2
+    assert ritz_levels(run, 3e-4).resolved_high == 0
+
+
+def test_errors_are_the_kato_temple_bounds():
+    run = lanczos_of(power_law(500, 0.7), 12)
+    levels = ritz_levels(run, NOISE)
+    nodes, residuals = run.nodes, run.residuals
+    for i in range(12):
+        clear = min(abs(nodes[i] - nodes[j]) - residuals[j] for j in (i - 1, i + 1) if 0 <= j < 12)
+        bound = residuals[i] ** 2 / clear if clear > 0 else np.inf
+        assert levels.errors[i] == pytest.approx(min(bound, residuals[i]), rel=1e-9)
+
+
+def test_only_levels_that_can_be_counted_from_an_end_are_certified():
+    # A degenerate level between two bulks converges early, with an unknown number of levels outside of it.
+    eigenvalues = np.concatenate([semicircle(700) - 4, np.full(600, 0.5), semicircle(700) + 4])
+    levels = ritz_levels(lanczos_of(eigenvalues, 100), NOISE)
+    inside = np.argmin(np.abs(levels.values - 0.5))
+    assert levels.errors[inside] < 1e-9
+    assert levels.resolved_high < 5
+    assert not levels.certified()[inside]
 
 
 def test_without_reorthogonalisation_there_are_no_levels_and_the_extremes_are_not_certified():
