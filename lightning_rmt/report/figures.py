@@ -120,7 +120,7 @@ def _draw_atoms(axes: Axes, spectrum: Spectrum) -> None:
             label="atom" if i == 0 else None,
         )
         axes.annotate(
-            f"{number(100 * atom.mass, 2)} %",
+            _mass_words(atom, spectrum),
             (atom.location, 0.9),
             xycoords=blended,
             xytext=(6, 0),
@@ -130,6 +130,12 @@ def _draw_atoms(axes: Axes, spectrum: Spectrum) -> None:
             color=style.ATOM,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
+
+
+def _mass_words(atom: Atom, spectrum: Spectrum) -> str:
+    """``70 % within ±0.03`` at zero: the quadrature can't tell a small eigenvalue from none below its resolution."""
+    at_zero = abs(atom.location) <= spectrum.zero_width
+    return f"{number(100 * atom.mass, 2)} %" + (f" within ±{number(spectrum.zero_width, 1)}" if at_zero else "")
 
 
 def _draw_levels(axes: Axes, spectrum: Spectrum) -> None:
