@@ -10,7 +10,7 @@ from fenced_modules import Stateful
 from nasty_models import Meter
 from torch import nn
 
-from lightning_rmt.live.fence import fence
+from lightning_rmt.live.fence import fence, python_state
 
 
 def test_python_attributes_hold_again_what_they_held():
@@ -26,6 +26,27 @@ def test_python_attributes_hold_again_what_they_held():
     assert all(module.__dict__[k] is v for k, v in objects.items())
     assert all(a is b for a, b in zip(inner, (module.list[1], module.list[1][1], module.dict["t"][0]), strict=True))
     assert not hasattr(module.net, "own")
+
+
+def test_what_leads_to_a_parameter_stays_in_the_graph():
+    net = nn.Linear(2, 2)
+    net.doubled = [2 * net.weight]
+    with fence(None, net, seed=0):
+        (gradient,) = torch.autograd.grad(net.doubled[0].sum(), net.weight)
+    assert torch.equal(gradient, torch.full((2, 2), 2.0))
+
+
+def test_large_things_are_not_copied(monkeypatch):
+    monkeypatch.setattr(python_state, "_COPIED_BYTES", 2**10)
+    net = nn.Linear(1, 1)
+    net.dataset, net.array, net.history = torch.zeros(300), np.zeros(300), [torch.zeros(1) for _ in range(1001)]
+    dataset, array, first = net.dataset, net.array, net.history[0]
+    with fence(None, net, seed=0):
+        assert net.dataset is dataset
+        assert net.array is array
+        assert net.history[0] is first
+        net.history.append(1)
+    assert len(net.history) == 1001
 
 
 class Connection:

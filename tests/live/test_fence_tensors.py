@@ -38,6 +38,15 @@ def _buffers(net):
     return {(id(m), name): b for m in net.modules() for name, b in m._buffers.items()}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+def test_scripted_modules():
+    net = nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)), nn.Linear(3, 3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with fence(None, net, seed=0):
+        net(torch.randn(4, 3))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
 def test_live_graph_survives_the_fence():
     net = cnn().eval()  # running statistics are saved for backward
     loss = net(torch.randn(4, 1, 6, 6)).square().sum()

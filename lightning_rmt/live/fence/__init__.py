@@ -36,10 +36,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_rmt.live.fence.attributes import attributes, metrics, trainer_state
 from lightning_rmt.live.fence.enclosure import Enclosure, enclose
+from lightning_rmt.live.fence.generators import randomness
 from lightning_rmt.live.fence.modes import gradient_mode, precision, training_flags, twice_differentiable
-from lightning_rmt.live.fence.randomness import randomness
+from lightning_rmt.live.fence.python_state import attributes, metrics, trainer_state
 from lightning_rmt.live.fence.silence import logging
 from lightning_rmt.live.fence.tensors import buffers, parameters
 

@@ -36,9 +36,11 @@ def buffers(enclosure: Enclosure, undo: ExitStack) -> None:
                 module._buffers[name] = enclosure.copy_of(buffer)
 
 
-def _refill(namespace: dict[str, Any], original: dict[str, Any]) -> None:
-    namespace.clear()
-    namespace.update(original)
+def _refill(namespace: Any, original: dict[str, Any]) -> None:
+    if isinstance(namespace, dict):  # that of a scripted module isn't one; it can't grow either
+        namespace.clear()
+    for name, buffer in original.items():
+        namespace[name] = buffer
 
 
 def parameters(enclosure: Enclosure, undo: ExitStack) -> None:
