@@ -122,7 +122,9 @@ def test_spectrum_of_a_multiple_of_the_loss_is_the_multiple(factor, dtype):
     module, x = module.to(dtype), x.to(dtype)
 
     def measure(c):
-        return estimate_spectrum(Hessian(lambda _: c * cross_entropy(module(x), y), module.parameters(), [None]), steps=60)
+        return estimate_spectrum(
+            Hessian(lambda _: c * cross_entropy(module(x), y), module.parameters(), [None]), steps=60
+        )
 
     one, scaled = measure(1.0), measure(factor)
     rel = 1e-9 if dtype == torch.float64 else 2e-4

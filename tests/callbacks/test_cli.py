@@ -121,7 +121,9 @@ def test_command_line(namespace, cli, tmp_path, monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize(("argument", "value"), [("every_n_steps", "often"), ("curvature", "fisher"), ("on_error", "x")])
+@pytest.mark.parametrize(
+    ("argument", "value"), [("every_n_steps", "often"), ("curvature", "fisher"), ("on_error", "x")]
+)
 def test_wrong_types_are_refused_by_the_parser(namespace, cli, tmp_path, monkeypatch, argument, value, capsys):
     with pytest.raises(SystemExit):
         run(

@@ -68,7 +68,9 @@ def fit(monitors, tmp_path, module=None, namespace=pl, data=None, ckpt_path=None
 
 
 def monitor(**kwargs):
-    return SpectrumMonitor(**{"every_n_steps": 5, "lanczos_steps": 12, "on_error": "raise", "figures_every": 0, **kwargs})
+    return SpectrumMonitor(
+        **{"every_n_steps": 5, "lanczos_steps": 12, "on_error": "raise", "figures_every": 0, **kwargs}
+    )
 
 
 def events(directory):
@@ -171,7 +173,9 @@ def test_resumed_run_probes_at_the_same_steps_with_the_same_values(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(second, tmp_path / "b", max_epochs=2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
-    assert [e.to_dict() | {"seconds": 0} for e in second.history] == [e.to_dict() | {"seconds": 0} for e in whole.history]
+    assert [e.to_dict() | {"seconds": 0} for e in second.history] == [
+        e.to_dict() | {"seconds": 0} for e in whole.history
+    ]
     assert [e.step for e in second.history] == [0, 5, 10, 15, 20]
     assert whole.reading.symmetry_error is None  # tested on the first probe only
 
@@ -264,7 +268,7 @@ class Gan(pl.LightningModule):
 
 
 def test_manual_optimization_needs_a_loss(tmp_path):
-    with pytest.raises(MisconfigurationException, match="manual optimization.*loss_fn"):
+    with pytest.raises(MisconfigurationException, match=r"manual optimization.*loss_fn"):
         fit(monitor(), tmp_path, module=Gan())
     watch = monitor(loss_fn=lambda module, batch: module.loss_d(batch[0]))
     fit(watch, tmp_path, module=Gan())

@@ -28,6 +28,9 @@ def test_edges_are_extrapolated_when_the_run_is_long_for_the_dimension():
     late = run.alpha[100:199] + 2 * run.beta[100:199]
     assert abs(edge.high - 2) < abs(np.median(late) - 2)  # medians alone come out 5 % of the radius short
     assert edge.high == pytest.approx(2, abs=0.06)
+    # Under 100 steps: one factor for the mean depth of the late coefficients, 3.5 % here.
+    short = coefficient_edge(lanczos_of(goe(1000, np.random.default_rng(0)), 90), 1000)
+    assert short.high == pytest.approx(2, abs=0.03)
 
 
 def test_outliers_do_not_move_the_edges():

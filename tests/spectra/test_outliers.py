@@ -100,6 +100,12 @@ def test_a_group_above_a_power_law(exponent, steps):
         assert spectrum.bulk_edges.definition == "gap"
 
 
+def test_groups_of_more_than_32_are_not_looked_for():
+    # The quoted probabilities are for 32 places where a gap may be.
+    assert outliers_of_eigenvalues(group_above_power_law(2000, 1.0, count=32, growth=1.1)).high.count == 32
+    assert outliers_of_eigenvalues(group_above_power_law(2000, 1.0, count=33, growth=1.1)).high.count is None
+
+
 def test_spikes_above_two_cuts():
     for steps in (30, 50, 100):
         assert spectrum_of(np.append(two_cut(2000), [9, 11, 14.0]), steps).outliers.high.count == 3

@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from known_spectra import (
+    NOISE,
     hessian_like,
+    lanczos_of,
     marchenko_pastur,
     power_law,
     semicircle,
     spectrum_of,
 )
+
+from lightning_rmt.spectra.spectrum import Spectrum
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,18 @@ def test_three_vector_probes_see_the_same_atom():
     for steps in (60, 100, 200):
         spectrum = spectrum_of(eigenvalues, steps, probes=2, reorthogonalise_all=False)
         assert spectrum.zero_mass == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize("reorthogonalise", [True, False])
+def test_copies_beside_the_atom_do_not_narrow_it(reorthogonalise):
+    # The atom converges at step 30; later, rounding puts nodes without weight as near as 1e-9 to it.
+    eigenvalues = np.concatenate([np.zeros(12000), np.random.default_rng(0).uniform(0.2, 1.2, 8000)])
+    for steps in (60, 100, 150, 200):
+        run = lanczos_of(eigenvalues, steps, reorthogonalise=reorthogonalise)
+        assert (np.abs(run.nodes) < 1e-6).sum() > 1
+        spectrum = Spectrum((run,), 20000, steps, NOISE)
+        assert spectrum.zero_width == pytest.approx(0.1, abs=0.02)
+        assert spectrum.zero_mass == pytest.approx(0.6, abs=0.02)
 
 
 @pytest.mark.parametrize(
