@@ -58,3 +58,29 @@ class Stateful(nn.Module):
     def snapshot(self):
         own = sorted((name, repr(value)) for name, value in self.__dict__.items() if not name.startswith("_"))
         return own, repr(self.meter.__dict__), self.generator.get_state().sum().item()
+
+
+class Module(nn.Linear):
+    """As much of a LightningModule as matters here."""
+
+    _current_fx_name = "on_train_batch_end"
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.logged = []
+
+    def log(self, *args, **kwargs):
+        raise AssertionError("logged")
+
+    log_dict = print = log
+
+
+class Logger:
+    name, save_dir, version = "runs", "/runs", 3
+
+    @property
+    def experiment(self):
+        raise AssertionError("touched")
+
+    def log_metrics(self, metrics, step):
+        raise AssertionError("logged")
