@@ -47,22 +47,14 @@ def test_seeding_leaves_other_devices_alone(monkeypatch):
 
 def trace(module, trainer):
     """Whatever a part of the fence sets, by identity."""
-    globals_ = (
-        torch._weight_norm,
-        torch.nn.utils.weight_norm,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-    )
-    flags = (
-        torch.get_default_dtype(),
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch._dynamo.eval_frame._stance.stance,
-    )
+    kernels = (torch._weight_norm, sys.modules["torch.nn.utils.weight_norm"]._weight_norm)
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+    flags = (torch.backends.cuda.flash_sdp_enabled(), torch._dynamo.eval_frame._stance.stance)
     spaces = [*(m.__dict__ for m in module.modules()), *(m._buffers for m in module.modules()), trainer.__dict__]
     objects = [(name, id(value)) for space in spaces for name, value in sorted(space.items())]
     tensors = [(id(p), id(p.grad), p.requires_grad, p.data_ptr()) for p in module.parameters()]
     states = torch.get_rng_state().sum().item(), repr(np.random.get_state()), random.getstate()
-    return globals_, modes, flags, objects, tensors, states
+    return kernels, modes, flags, objects, tensors, states
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
