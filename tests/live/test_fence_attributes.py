@@ -70,14 +70,17 @@ def test_objects_of_libraries_are_left_alone(library, monkeypatch):
 
 def test_hidden_modules_are_guarded():
     net = nn.Linear(2, 2)
-    net.teacher = [nn.Sequential(nn.BatchNorm1d(2))]
-    norm = net.teacher[0][0]
+    listed, unregistered = nn.Sequential(nn.BatchNorm1d(2)), nn.BatchNorm1d(2)
+    net.teacher = [listed]
+    net.__dict__["other"] = unregistered
     with fence(None, net, seed=0):
-        net.teacher[0](torch.randn(4, 2)).sum().backward()
-        net.teacher[0].eval()
-    assert norm.num_batches_tracked == 0
-    assert norm.training
-    assert norm.weight.grad is None
+        unregistered(listed(torch.randn(4, 2))).sum().backward()
+        listed.eval()
+        unregistered.eval()
+    for norm in (listed[0], unregistered):
+        assert norm.num_batches_tracked == 0
+        assert norm.training
+        assert norm.weight.grad is None
 
 
 def test_training_flags():

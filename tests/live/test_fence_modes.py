@@ -34,6 +34,7 @@ def test_second_derivatives_of_embeddings_lstm_and_attention():
         gradient = torch.autograd.grad(F.cross_entropy(net(x), y), parameters, create_graph=True)
         u, v = ([torch.randn_like(p) for p in parameters] for _ in range(2))
         Hu, Hv = (torch.autograd.grad(gradient, parameters, w, retain_graph=True) for w in (u, v))
+        assert torch.equal(net.bounded.weight, bounded)
     uHv, vHu = (sum((a * b).sum() for a, b in zip(one, other, strict=True)) for one, other in ((u, Hv), (v, Hu)))
     assert uHv.item() == pytest.approx(vHu.item(), rel=1e-12)
     assert abs(uHv) > 1e-3
