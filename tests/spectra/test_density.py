@@ -116,6 +116,14 @@ def test_the_density_band_covers_the_law(name):
     assert np.mean(covered) > 0.9
 
 
+def test_the_density_band_knows_what_smoothing_does():
+    # So many eigenvalues and so few steps that the sampling error is nothing beside the resolution.
+    x = np.linspace(-1.99, 1.99, 800)
+    lower, upper = spectrum_of(semicircle(100_000), 30, probes=4).density_band(x)
+    assert np.mean((lower <= semicircle_density(x)) & (semicircle_density(x) <= upper)) > 0.85
+    assert np.trapezoid(upper - lower, x) < 0.15
+
+
 def test_the_distribution_function_converges_with_the_steps():
     # Wasserstein distance to the truth in units of the range: about 0.31/m of quadrature and 0.41/sqrt(n) of sampling.
     eigenvalues = semicircle(100_000)

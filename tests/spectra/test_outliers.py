@@ -21,7 +21,8 @@ from known_spectra import (
 )
 
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
-from lightning_rmt.spectra.levels import exact_levels, ritz_levels
+from lightning_rmt.spectra.bulk_edge import CoefficientEdge
+from lightning_rmt.spectra.levels import RitzLevels, exact_levels, ritz_levels
 from lightning_rmt.spectra.outliers import find_outliers, outliers_of_eigenvalues
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -327,3 +328,60 @@ def test_a_shift_changes_the_rule_which_is_why_weight_decay_must_be_subtracted()
     assert outliers_of_eigenvalues(eigenvalues).high.count == 9
     assert outliers_of_eigenvalues(eigenvalues + 100.0).high.count is None
     assert exact_levels(eigenvalues + 100.0).floor > 0
+
+
+def levels_by_hand(values, residuals, weights, resolved, size):
+    """Ritz levels as a run of 100 steps might leave them, given from the largest value down."""
+    values, residuals, weights = (np.asarray(row, dtype=float)[::-1] for row in (values, residuals, weights))
+    return RitzLevels(
+        values=values,
+        residuals=residuals,
+        errors=residuals**2,
+        weights=weights / size,
+        copies=np.ones(values.size, dtype=int),
+        resolved_high=resolved,
+        resolved_low=0,
+        scale=float(np.abs(values).max()),
+        noise=NOISE,
+        complete=False,
+        steps=100,
+    )
+
+
+class TestWhatIsNotResolved:
+    """Cases that real runs meet rarely, made by hand."""
+
+    BULK = CoefficientEdge(low=-2.0, high=2.0, margin=0.04, variation=0.01, drift=0.0)
+
+    def test_a_likely_gap_needs_resolved_followers(self):
+        group = 1.9 * 1.05 ** np.arange(9)[::-1]
+        tail = 10 / np.arange(10.0, 60)
+        for residual, count in ((1e-6, 9), (1e-3, None)):
+            residuals = np.concatenate([np.zeros(9), np.full(50, residual)])
+            levels = levels_by_hand(np.append(group, tail), residuals, np.ones(59), 10, 5000)
+            side = find_outliers([levels], 5000).high
+            assert side.gap_index == 9
+            assert side.count == count
+            assert side.unresolved == (count is None)
+        assert "levels behind it are not resolved: raise the number of steps" in side.verdict
+
+    def test_a_clear_gap_does_not(self):
+        levels = levels_by_hand(
+            np.append(5 * 1.05 ** np.arange(9)[::-1], 10 / np.arange(10.0, 60)),
+            np.concatenate([np.zeros(9), np.full(50, 1e-3)]),
+            np.ones(59),
+            10,
+            5000,
+        )
+        assert find_outliers([levels], 5000).high.count == 9
+
+    def test_beyond_an_edge_only_what_is_surely_beyond_counts(self):
+        levels = levels_by_hand([3.0, 2.5, 2.1, 1.9], [0.01, 0.01, 0.05, 0.1], np.ones(4), 2, 5000)
+        side = find_outliers([levels], 5000, [self.BULK]).high
+        assert (side.count, side.at_least, side.unresolved, side.confidence) == (2, True, True, 1)
+        assert side.verdict.startswith(">= 2 outliers beyond the bulk edge 2 ")
+
+    def test_beyond_an_edge_nothing_is_counted_past_a_degenerate_level(self):
+        levels = levels_by_hand([5.0, 4.0, 3.0, 1.9], np.zeros(4), [1.0, 20.0, 1.0, 1.0], 4, 5000)
+        side = find_outliers([levels], 5000, [self.BULK]).high
+        assert (side.count, side.at_least) == (1, True)
