@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bitwise_cases import CASES
 from harness import EVERY, Case, Fingerprint, ProductProbe, differences, train
+from torch.nn import functional as F
 
 import lightning_rmt.live.fence
 from lightning_rmt import SpectrumMonitor
@@ -43,6 +44,28 @@ def test_training_is_the_same_with_products_behind_the_fence(case, hook, tmp_pat
 @pytest.mark.parametrize("case", MARKED, ids=str)
 def test_training_is_the_same_with_a_spectrum_monitor(case, tmp_path, tmp_path_factory):
     monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, loss_fn=case.loss_fn, on_error="raise")
+    assert differences(train(case, tmp_path, monitor), control(case, tmp_path_factory.getbasetemp())) == []
+    assert monitor.history
+
+
+def outputs(module, batch):
+    logits = module(batch[0])
+    return logits, lambda logits: F.cross_entropy(logits, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp, SGD", {"product": "finite_difference"}),
+        ("mlp, Adam, scheduler, torchmetrics", {"curvature": "gradient_covariance"}),
+        ("mlp, SGD", {"curvature": "ggn", "outputs_fn": outputs}),
+        ("bf16-mixed", {"autocast": True}),
+        ("accumulate 4", {"batches": 6, "probes": 2}),
+    ],
+)
+def test_training_is_the_same_with_other_measurements(name, options, tmp_path, tmp_path_factory):
+    case = case_named(name)
+    monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, on_error="raise", **options)
     assert differences(train(case, tmp_path, monitor), control(case, tmp_path_factory.getbasetemp())) == []
     assert monitor.history
 
