@@ -26,7 +26,8 @@ def scalars(reading: Reading) -> dict[str, float]:
 
     Eigenvalues, edges, quantiles and the trace are in the operator's units (loss per squared parameter); masses and
     ``sharpness_times_lr`` are dimensionless; ``probe_seconds`` is in seconds. ``<tag>_residual`` bounds the distance to
-    an exact eigenvalue, ``<tag>_stderr`` is one standard error. What is missing here is in `refusals`.
+    an exact eigenvalue, ``<tag>_stderr`` is one standard error, ``<tag>_low`` and ``<tag>_high`` are bounds at two of them.
+    What is missing here is in `refusals`.
     """
     return split(reading)[0]
 
@@ -119,8 +120,14 @@ def _bulk(reading: Reading) -> Iterator[_Item]:
             f"most {WIDEST_BRACKET}, and more Lanczos steps narrow them"
         )
         yield _Item(tag, spectrum.quantile(p) if sharp else None, reason)
-    yield _Item("zero_mass", spectrum.zero_mass, "")
-    yield _Item("negative_mass", spectrum.negative_mass, "")
+        if sharp:
+            yield _Item(f"{tag}_low", low, "")
+            yield _Item(f"{tag}_high", high, "")
+    for tag in ("zero_mass", "negative_mass"):
+        low, high = getattr(spectrum, f"{tag}_bounds")
+        yield _Item(tag, getattr(spectrum, tag), "")
+        yield _Item(f"{tag}_low", low, "")
+        yield _Item(f"{tag}_high", high, "")
     cumulants = spectrum.free_cumulants()
     for tag, estimate in (("free_skew", cumulants.skew), ("free_kurtosis", cumulants.kurtosis)):
         for suffix, value in (("", estimate.mean), ("_stderr", estimate.stderr)):

@@ -137,16 +137,24 @@ def quantile_bounds(runs: tuple[Tridiagonal, ...], quadrature: Quadrature, p: fl
     Among the exact levels it is one of them. Elsewhere the bounds at the nodes bracket it; within the bracket the sharp ones
     are taken on a grid of 32 cells, and the interval is rounded outwards to it.
     """
-    rank = math.ceil(p * quadrature.size - 1e-9)  # it is the level of this rank, from 1
-    from_top = quadrature.size - rank
-    if 1 <= rank <= quadrature.low.size:
-        return (float(quadrature.low[rank - 1]),) * 2
-    if 0 <= from_top < quadrature.high.size:
-        return (float(quadrature.high[-1 - from_top]),) * 2
+    exact = exact_quantile(quadrature, p)
+    if exact is not None:
+        return exact, exact
     nodes = np.unique(np.concatenate([*(run.nodes for run in runs), quadrature.levels]))
     start, stop = _crossings(nodes, *cdf_bounds(runs, quadrature, nodes, z, node_bounds), p)
     grid = np.linspace(start, stop, 33)
     return _crossings(grid, *cdf_bounds(runs, quadrature, grid, z), p)
+
+
+def exact_quantile(quadrature: Quadrature, p: float) -> float | None:
+    """The p-quantile where it is one of the exact levels, else None."""
+    rank = math.ceil(p * quadrature.size - 1e-9)  # it is the level of this rank, from 1
+    from_top = quadrature.size - rank
+    if 1 <= rank <= quadrature.low.size:
+        return float(quadrature.low[rank - 1])
+    if 0 <= from_top < quadrature.high.size:
+        return float(quadrature.high[-1 - from_top])
+    return None
 
 
 def _crossings(

@@ -173,9 +173,7 @@ class Distribution:
         return np.where(points < self.x[0], 0.0, value)
 
     def quantile(self, p: float) -> float:
-        """Smallest x with at least the share p at or below it."""
-        if not 0 <= p <= 1:
-            raise ValueError(f"a quantile needs a probability between 0 and 1, got {p}")
+        """Smallest x with at least the share p at or below it, for p from 0 to 1."""
         index = int(np.searchsorted(self.share, p, side="left").clip(0, self.x.size - 1))
         if index == 0 or self.share[index] <= p:
             return float(self.x[index])

@@ -195,13 +195,20 @@ class Spectrum:
 
     def quantile(self, p: float) -> float:
         """The p-quantile of the spectrum, 0 <= p <= 1."""
-        return self._distribution.quantile(p)
+        bounds = self.quantile_bounds(p)
+        return float(np.clip(self._distribution.quantile(p), *bounds))
 
     def quantile_bounds(self, p: float, z: float = 2.0) -> tuple[float, float]:
         """Interval for the p-quantile, from `cdf_band`; ``z=0`` leaves the sampling error out."""
         if not 0 <= p <= 1:
             raise ValueError(f"a quantile needs a probability between 0 and 1, got {p}")
-        return band.quantile_bounds(self.runs, self._quadrature, p, z)
+        if (p, z) not in self._known_quantiles:  # some 20 ms each
+            self._known_quantiles[p, z] = band.quantile_bounds(self.runs, self._quadrature, p, z)
+        return self._known_quantiles[p, z]
+
+    @cached_property
+    def _known_quantiles(self) -> dict[tuple[float, float], tuple[float, float]]:
+        return {}
 
     # --- masses ---------------------------------------------------------------------------------------------------
 
@@ -222,17 +229,17 @@ class Spectrum:
     @cached_property
     def zero_mass_bounds(self) -> tuple[float, float]:
         """Bounds on the share of eigenvalues within `zero_width` of zero (at zero, without an atom), from `cdf_band`."""
-        lower, upper = self.cdf_band(np.array([-self.zero_width, self.zero_width]))
+        lower, upper = self.cdf_band(np.array([self._below_zero, self.zero_width]))
         return max(0.0, float(lower[1] - upper[0])), min(1.0, float(upper[1] - lower[0]))
 
     @property
-    def _below_zero(self) -> NDArray[np.float64]:
-        return np.array(-max(self.zero_width, np.finfo(np.float64).tiny))
+    def _below_zero(self) -> float:
+        return -max(self.zero_width, np.finfo(np.float64).tiny)
 
     @property
     def negative_mass(self) -> float:
         """Share of eigenvalues below zero; below minus `zero_width` where there is an atom at zero."""
-        return float(self.cdf(self._below_zero))
+        return float(np.clip(self.cdf(self._below_zero), *self.negative_mass_bounds))
 
     @cached_property
     def negative_mass_bounds(self) -> tuple[float, float]:

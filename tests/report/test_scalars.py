@@ -16,7 +16,8 @@ ALWAYS = {
         for what in ("count", "gap_index", "gap_ratio", "gap_spacings")
         for side in ("high", "low")
     ),
-    *("bulk_edge_low", "bulk_edge_high", "q01", "q99", "zero_mass", "negative_mass"),
+    *("bulk_edge_low", "bulk_edge_high", "q01", "q99"),
+    *(f"{sign}_mass{bound}" for sign in ("zero", "negative") for bound in ("", "_low", "_high")),
     *("free_skew", "free_skew_stderr", "free_kurtosis", "free_kurtosis_stderr"),
     *("sharpness_times_lr", "two_over_lr", "probe_seconds", "overhead", "products", "symmetry_error", "repeat_error"),
 }
@@ -57,7 +58,12 @@ def test_every_tag_is_either_a_finite_number_or_a_sentence(any_reading):
     assert not numbers.keys() & reasons.keys()
     tags = {tag.removeprefix("rmt/") for tag in [*numbers, *reasons]}
     ends = {tag for tag in tags if tag.startswith(("top/", "bottom/"))}
-    assert tags - ends == ALWAYS
+    bounds = {f"{tag}_{side}" for tag in ("q01", "q99") if f"rmt/{tag}" in numbers for side in ("low", "high")}
+    assert tags - ends == ALWAYS | bounds
+    for tag in ("q01", "q99", "zero_mass", "negative_mass"):
+        if f"rmt/{tag}" in numbers:
+            low, value, high = (numbers[f"rmt/{tag}{end}"] for end in ("_low", "", "_high"))
+            assert low - 1e-12 <= value <= high + 1e-12, tag
     assert all(len(reason) > 10 for reason in reasons.values())
 
 
