@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_rmt.curvature.batches import sample_count
 from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError, explain
+from lightning_rmt.curvature.kernels import twice_differentiable_kernels
 from lightning_rmt.curvature.parameters import ParameterBlock
 
 # loss(batch) -> the mean over the batch, or (mean, weight) where the sample count is not the right weight
@@ -50,16 +49,13 @@ class Evaluation(NamedTuple):
 def differentiable() -> Iterator[None]:
     """Modes that make a loss differentiable twice, in its forward pass and in a checkpoint's recomputation.
 
-    Gradients on, inference mode off, attention under the math backend (the fused kernels have no second
-    derivative: pytorch #116350) and compiled code run eagerly (it has none either: pytorch #91469). Errors of
-    autograd leave translated by `explain`.
+    Gradients on, inference mode off, and `twice_differentiable_kernels`. Errors of autograd leave translated by
+    `explain`.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # nothing is compiled before it is imported, which takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(twice_differentiable_kernels())
         try:
             yield
         except RuntimeError as error:  # NotImplementedError is one

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
+from lightning_rmt.curvature.kernels import twice_differentiable_kernels
 from lightning_rmt.live.fence.enclosure import Enclosure
 
 
@@ -35,34 +34,19 @@ def _restore_training(flags: list[tuple[nn.Module, bool]]) -> None:
 def twice_differentiable(enclosure: Enclosure, undo: ExitStack) -> None:
     """Choose implementations whose backward pass can itself be differentiated.
 
-    Compiled functions can't, nor can the fused attention kernels, cuDNN's recurrent ones and sparse gradients. The fused
-    weight normalisation can, and gets it wrong (see `_weight_norm`). And an embedding with `max_norm` rescales rows of
-    its weight in the forward pass: inside, its rows are taken as they are.
+    See `twice_differentiable_kernels`; further, cuDNN's recurrent kernels and sparse gradients can't. And an embedding
+    with `max_norm` rescales rows of its weight in the forward pass: inside, its rows are taken as they are.
     """
-    # A stance takes effect when it is made, not when it is entered: make it here and nowhere earlier.
-    undo.enter_context(torch.compiler.set_stance("force_eager"))
-    undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+    undo.enter_context(twice_differentiable_kernels())
     if enclosure.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in enclosure.modules):
         undo.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
         torch.backends.cudnn.enabled = False
-    for owner in (torch, sys.modules["torch.nn.utils.weight_norm"]):
-        undo.callback(setattr, owner, "_weight_norm", owner._weight_norm)
-        owner._weight_norm = _weight_norm  # type: ignore[attr-defined]
     for module in enclosure.modules:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             undo.callback(setattr, module, "sparse", module.sparse)
             undo.callback(setattr, module, "max_norm", module.max_norm)
             module.sparse = False
             module.max_norm = None
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """What `torch._weight_norm` computes, from operations that can be differentiated twice.
-
-    The fused kernel's double backward takes the norm for a constant: no error, and a Hessian that is wrong by as much as
-    itself and not even symmetric (torch 2.13; `torch.autograd.gradgradcheck` fails on it).
-    """
-    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def precision(enclosure: Enclosure, undo: ExitStack) -> None:
