@@ -3,6 +3,10 @@
 A probe's weight on a simple eigenvalue is ``chi^2_1 / n``: pure noise around 1/n. For every resolved simple level the
 weight is therefore *set* to 1/n, and the rest of the probe's mass is renormalised to ``(n - k) / n``. That is unbiased,
 and it takes away the noise that the outliers dominate.
+
+It would be far off for degenerate levels, and the weight of one level hardly tells a double one from a simple one. Two
+things do: a second copy, which rounding lets into a reorthogonalised run some steps after the first has converged, and the
+weights of all the levels together.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from numpy.typing import NDArray
 
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
 from lightning_rmt.spectra.levels import SIMPLE_WEIGHT, RitzLevels, noise_floor
+
+#: Levels whose weights together are so heavy that simple ones would be with less than this probability aren't simple.
+HEAVY_TOGETHER = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +53,7 @@ class Quadrature:
         high_cut: boundary between the rest and ``high`` (infinity without high levels).
         rests: one entry per probe.
         rounding: nodes nearer than this are not told apart.
+        product_error: rounding error of a product, in the operator's units: no eigenvalue is known better.
     """
 
     size: int
@@ -55,6 +63,7 @@ class Quadrature:
     high_cut: float
     rests: tuple[Rest, ...]
     rounding: float
+    product_error: float
 
     @property
     def levels(self) -> NDArray[np.float64]:
@@ -75,9 +84,7 @@ class Quadrature:
         rest = self.rests[index]
         nodes, weights = rest.nodes, rest.weights
         if nodes.size:
-            first = np.flatnonzero(np.append(True, np.diff(nodes) > self.rounding))
-            mass = np.add.reduceat(weights, first)
-            nodes = np.add.reduceat(weights * nodes, first) / np.where(mass > 0, mass, 1.0)
+            nodes, mass = told_apart(rest, self.rounding)
             bears = mass * self.rest_size >= 1e-3
             nodes, weights = nodes[bears], mass[bears] / mass[bears].sum()
         all_weights = [
@@ -86,6 +93,13 @@ class Quadrature:
             np.full(self.high.size, 1 / self.size),
         ]
         return np.concatenate([self.low, nodes, self.high]), np.concatenate(all_weights)
+
+
+def told_apart(rest: Rest, rounding: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Nodes and weights, nodes within rounding of each other taken together. There must be nodes."""
+    first = np.flatnonzero(np.append(True, np.diff(rest.nodes) > rounding))
+    mass = np.add.reduceat(rest.weights, first)
+    return np.add.reduceat(rest.weights * rest.nodes, first) / np.where(mass > 0, mass, 1.0), mass
 
 
 def exact_weight_quadrature(
@@ -105,13 +119,42 @@ def exact_weight_quadrature(
     """
     none = np.empty(0)
     low, high, low_cut, high_cut = none, none, -np.inf, np.inf
-    if levels is not None:
+    if levels is not None and _seem_simple(next(run for run in runs if run.reorthogonalised), levels, size):
         high, high_cut = _simple_from_the_top(levels, size)
         mirrored, cut = _simple_from_the_top(levels.mirrored(), size)
         low, low_cut = -mirrored[::-1], -cut
     rests = tuple(_rest(run, low_cut, high_cut) for run in runs)
-    rounding = noise_floor(noise) * max(float(np.abs(run.nodes).max()) for run in runs)
-    return Quadrature(size, low, high, low_cut, high_cut, rests, rounding)
+    if _too_heavy(rests, low.size + high.size, size):
+        low, high, low_cut, high_cut = none, none, -np.inf, np.inf
+        rests = tuple(_rest(run, low_cut, high_cut) for run in runs)
+    scale = max(float(np.abs(run.nodes).max()) for run in runs)
+    return Quadrature(size, low, high, low_cut, high_cut, rests, noise_floor(noise) * scale, noise * scale)
+
+
+def _seem_simple(run: Tridiagonal, levels: RitzLevels, size: int) -> bool:
+    """Whether the levels may be taken for simple ones: a copy of the outermost, at one end at least, would be there by now.
+
+    A copy starts from rounding where the level itself started from ``1/sqrt(n)``, and grows as fast: it is there a few
+    steps after the residual has fallen to rounding. Multiplicity comes with structure (several outputs that don't
+    mix), which one level at one end betrays. A run that is exhausted ended before that could happen; in it there may be
+    one degenerate value, such as zero, and no second one.
+    """
+    if levels.complete:
+        return int((levels.weights * size > SIMPLE_WEIGHT).sum()) <= 1
+    steps = max(2 * run.steps // 3, 1)
+    before = Tridiagonal(run.alpha[:steps], run.beta[:steps])
+    ends = (0, -1)
+    return any(levels.copies[end] == 1 and before.residuals[end] <= levels.rounding for end in ends)
+
+
+def _too_heavy(rests: Sequence[Rest], count: int, size: int) -> bool:
+    """Whether so many levels have more weight together than simple ones would."""
+    if count == 0 or count == size:
+        return False
+    from scipy.special import betainc  # SciPy is slow to import
+
+    mass, probes = float(np.mean([rest.below + rest.above for rest in rests])), len(rests)
+    return bool(betainc((size - count) * probes / 2, count * probes / 2, max(1 - mass, 0.0)) < HEAVY_TOGETHER)
 
 
 def _simple_from_the_top(levels: RitzLevels, size: int) -> tuple[NDArray[np.float64], float]:

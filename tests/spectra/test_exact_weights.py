@@ -17,6 +17,7 @@ from known_spectra import (
 
 from lightning_rmt.spectra.levels import ritz_levels
 from lightning_rmt.spectra.quadrature import exact_weight_quadrature
+from lightning_rmt.spectra.spectrum import Spectrum
 
 
 def a_trained_network(rng):
@@ -123,6 +124,55 @@ def test_a_level_of_which_copies_have_been_seen_keeps_its_measured_weight_too():
     traces = np.array([spectrum.trace.mean for spectrum in found])
     assert abs(traces.mean() - eigenvalues.sum()) < 4 * traces.std() / 60**0.5
     assert 4 * traces.std() / 60**0.5 < 18  # what setting it to one level would cost
+
+
+@pytest.mark.parametrize("steps", [10, 14, 20, 60])
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        np.append(0.1 * semicircle(1950), np.repeat(2.0 ** np.arange(1, 6), 10)),
+        np.append(0.1 * semicircle(1980), np.repeat(2.0 * np.arange(1, 11), 2)),
+        np.repeat(power_law(700, 1.5), 3),
+        np.repeat([0.0, 1.0, 2.0, 3.0, 5.0], 20),
+    ],
+    ids=["ten outputs", "pairs", "three outputs, heavy tail", "five values"],
+)
+def test_levels_of_unknown_multiplicity_keep_their_measured_weights(eigenvalues, steps):
+    # Set to one level each, the resolved ones miss the norm by up to a thousand of its errors.
+    worst = 0.0
+    for seed in range(20):
+        spectrum = spectrum_of(eigenvalues, steps, seed=seed)
+        for estimate, truth in (
+            (spectrum.trace, eigenvalues.sum()),
+            (spectrum.frobenius, np.linalg.norm(eigenvalues)),
+        ):
+            worst = max(worst, abs(estimate.mean - truth) / estimate.stderr)
+    assert worst < 5
+
+
+def test_a_large_level_that_the_probe_hardly_sees_does_not_claim_a_small_error():
+    # Five levels far out and close together: those that converge late are those of little weight.
+    eigenvalues = np.append(np.random.default_rng(0).standard_normal(1995), 1000 + 10 * np.arange(5))
+    z = []
+    for seed in range(60):
+        spectrum = spectrum_of(eigenvalues, 10, seed=seed)
+        z.append(
+            (
+                (spectrum.trace.mean - eigenvalues.sum()) / spectrum.trace.stderr,
+                (spectrum.frobenius.mean - np.linalg.norm(eigenvalues)) / spectrum.frobenius.stderr,
+            )
+        )
+    assert np.abs(z).max() < 5
+    for values in np.array(z).T:
+        assert inside(values, 1) > 0.55
+        assert inside(values, 2) > 0.86
+
+
+def test_the_norm_is_not_known_better_than_the_products():
+    run = lanczos_of(np.append(np.random.default_rng(0).standard_normal(2000), 1e6), 20)
+    norm = Spectrum((run,), 2001, 20, noise=2.4e-6).frobenius
+    assert norm.mean == pytest.approx(1e6, abs=norm.stderr)
+    assert norm.stderr == pytest.approx(2.4, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,6 @@ def levels_by_hand(values, residuals, weights, resolved, size):
     return RitzLevels(
         values=values,
         residuals=residuals,
-        errors=residuals**2,
         weights=weights / size,
         copies=np.ones(values.size, dtype=int),
         resolved_high=resolved,
