@@ -9,6 +9,9 @@ from typing import Any
 
 # Steps after a probe before the next one is decided on: enough for a median step time that a slow first step can't spoil.
 STEPS_TO_MEASURE = 10
+# How many times the share early probes may take while they borrow from later ones: a training may end long before it was
+# meant to (early stopping, Ctrl-C, a max_epochs of 1000 that nobody waits for), and then nothing is ever paid back.
+MAX_BORROWED = 4.0
 NEVER = 2**62
 
 
@@ -89,21 +92,26 @@ class Schedule:
         """Whether the next probe's step is to be decided, or decided anew, after this step; the same on every rank."""
         return self.every_n_steps is None and self._review is not None and step >= self._review
 
-    def decide(self, step: int, total_steps: float) -> int:
+    def decide(self, step: int, total_steps: float, seconds_left: float = math.inf) -> int:
         """The step at which the next window opens, from this rank's clock.
 
         Where the training's length is known, the probes that its whole time pays for are spread evenly in the square root
         of the step: the curvature changes fastest at the beginning, so early probes borrow from later ones, and the share
-        is kept at the end of the training rather than at every moment of it. Without a known end they are spread evenly.
+        is kept at the end of the training rather than at every moment of it, where it may be up to `MAX_BORROWED` times
+        that. Without a known end they are spread evenly.
 
         Args:
             step: now.
             total_steps: steps that the whole training takes, infinity if that isn't known.
+            seconds_left: time until the training is stopped, whatever its steps; infinity if there is no limit.
         """
         if self._last_probe is None or not self._step_seconds:
             return step + 1
         step_seconds = max(statistics.median(self._step_seconds), 1e-9)
         cost = max(self._last_cost, 1e-9)
+        if not math.isinf(seconds_left):
+            left = max(seconds_left, 0.0) / (1.0 + self.max_overhead)
+            total_steps = min(total_steps, step + math.floor(left / step_seconds))
         if total_steps <= step or math.isinf(total_steps):
             following = self._last_probe + cost / (self.max_overhead * step_seconds)
         else:
@@ -113,6 +121,8 @@ class Schedule:
                 return NEVER
             position = math.sqrt(self._last_probe / total_steps)
             following = total_steps * (position + (1.0 - position) / affordable) ** 2
+            paid_for = (self.probe_seconds + cost) / (MAX_BORROWED * self.max_overhead)
+            following = max(following, step + (paid_for - self.training_seconds) / step_seconds)
             if following > total_steps - self.batches:  # the last one comes just before the end
                 following = total_steps - self.batches
                 if following <= step:

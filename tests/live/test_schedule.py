@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_rmt.live.schedule import STEPS_TO_MEASURE, Schedule
+from lightning_rmt.live.schedule import MAX_BORROWED, STEPS_TO_MEASURE, Schedule
 
 
 def probes(schedule, steps, accumulate=1):
@@ -61,8 +61,33 @@ def test_known_length_spreads_the_same_budget_with_more_at_the_beginning(batches
     assert len(probed) == pytest.approx(10, abs=1)
     distances = [b - a for a, b in itertools.pairwise(probed)]
     assert distances == sorted(distances)
-    assert distances[0] < steps / 50
+    assert distances[0] <= steps / 20
     assert probed[-1] == steps - 1
+
+
+@pytest.mark.parametrize("steps", [1000, 10_000, 100_000])
+def test_a_training_that_ends_early_has_not_paid_for_one_to_the_end(steps):
+    """The Trainer's default of 1000 epochs, and somebody who stops it."""
+    probed, overhead = simulate(Schedule(None, 0.05, 1), steps, 0.01, 0.5, total=1_000_000)
+    assert len(probed) > 1
+    assert overhead <= MAX_BORROWED * 0.05 * 1.01
+
+
+def test_a_limit_of_time_is_an_end_too():
+    """`max_time` stops a training that by its epochs would go on for a hundred times as long."""
+    schedule, probed, limit = Schedule(None, 0.05, 1), [], 100.0
+    for step in range(1_000_000):
+        schedule.stepped(0.01)
+        left = limit - schedule.training_seconds - schedule.probe_seconds
+        if left < 0:
+            break
+        if schedule.due(step, 1):
+            probed.append(step)
+            schedule.probed(step, 0.5)
+        elif schedule.undecided(step):
+            schedule.set_next(step, schedule.decide(step, 1_000_000, left))
+    assert len(probed) > 5
+    assert schedule.overhead == pytest.approx(0.05, rel=0.15)
 
 
 @pytest.mark.parametrize("total", [20_000, math.inf])
