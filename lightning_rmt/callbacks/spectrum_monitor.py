@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_rmt.curvature.distributed import RankSum
@@ -15,7 +16,12 @@ from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
-from lightning_rmt.live.operators import build_operator, hook_notes, refuse_missing_outputs
+from lightning_rmt.live.operators import (
+    build_operator,
+    hook_notes,
+    refuse_missing_outputs,
+    refuse_unmatched_parameters,
+)
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.schedule import Schedule
@@ -58,7 +64,9 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     Args:
         every_n_steps: probe at every multiple of this number of optimizer steps, the first one after step 0. None: as
             often as ``max_overhead`` allows.
-        max_overhead: share of the training time that the probes may take, if ``every_n_steps`` is None.
+        max_overhead: share of the training time that the probes may take, if ``every_n_steps`` is None. It is kept over
+            the whole training, as long as ``max_epochs``, ``max_steps`` or ``max_time`` say it is; early on, and in a
+            training that ends before that, it may be up to four times as much.
         curvature: ``"hessian"``, ``"ggn"`` (Gauss-Newton; needs ``outputs_fn`` or the module's ``curvature_outputs``) or
             ``"gradient_covariance"`` (per sample).
         lanczos_steps: products per probe. 100 resolve most outliers; 50 are often enough with a few large ones.
@@ -169,13 +177,17 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._off = bool(trainer.barebones)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Checks what depends on the accumulation, and starts the clock."""
+        """Checks what depends on the accumulation and on the parameters' names, and starts the clock."""
+        if _step(trainer) == 0:
+            self._start_afresh()
         every = self._schedule.every_n_steps
         if every is not None and self._schedule.window(trainer.accumulate_grad_batches) > every:
             raise MisconfigurationException(
                 f"{self._schedule.batches} curvature batches don't fit into {every} steps of "
                 f"{trainer.accumulate_grad_batches} batches: make every_n_steps larger or batches smaller"
             )
+        if self.parameters is not None:
+            refuse_unmatched_parameters(pl_module, self.parameters)
         self._total_steps = _total_steps(trainer)
         self._clock = time.perf_counter()
 
@@ -200,14 +212,15 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             recurring = self._take(trainer, pl_module, step)
             self._schedule.probed(step, time.perf_counter() - now, recurring)
         elif self._schedule.undecided(step):
-            following = self._schedule.decide(step, self._total_steps)
+            following = self._schedule.decide(step, self._total_steps, _seconds_left(trainer))
             self._schedule.set_next(step, Ranks.of(trainer).from_first(following))
         self._clock = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the last reading's figures."""
-        if self.reading is not None and not trainer.fast_dev_run:
-            self._report.log_figures(trainer.loggers, self.reading, self.history)
+        reading = self.reading
+        if reading is not None and self._report.figures_every and not trainer.fast_dev_run:
+            self._try_to_write(reading, lambda: self._report.log_figures(trainer.loggers, reading, self.history))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drops the batches that no probe came for."""
@@ -277,19 +290,32 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             self._write(trainer, self.reading)
         return self.reading.seconds
 
+    def _start_afresh(self) -> None:
+        """Forgets an earlier training: the same monitor may watch one after another, each from its own step 0."""
+        self._schedule = Schedule(self._schedule.every_n_steps, self._schedule.max_overhead, self._schedule.batches)
+        self._report = LoggerReport(
+            figures_every=self._report.figures_every, custom_scalars=self._report.custom_scalars
+        )
+        self.reading, self.history = None, []
+        self._checked, self._failures, self._capture_error = False, 0, None
+
     def _write(self, trainer: Any, reading: Reading) -> None:
-        """Saves and logs a reading. A failure here is this rank's alone and never turns the probes off."""
+        """Saves and logs a reading; where one of the two fails, the other is still done."""
+        if not trainer.fast_dev_run:
+            self._try_to_write(reading, lambda: save_reading(reading, _log_dir(trainer)))
+        self._try_to_write(reading, lambda: self._report.log(trainer.loggers, reading, self.history))
+
+    def _try_to_write(self, reading: Reading, write: Callable[[], object]) -> None:
+        """A failure here is this rank's alone, never ends the training and never turns the probes off."""
         try:
-            if not trainer.fast_dev_run:
-                save_reading(reading, _log_dir(trainer))
-            self._report.log(trainer.loggers, reading, self.history)
+            write()
         except Exception as error:
             if self.on_error == "raise":
                 raise
             warnings.warn(
                 f"SpectrumMonitor {self.name!r} could not write its reading of step {reading.step}, the training is "
                 f"unaffected: {type(error).__name__}: {error}",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _probe(self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int) -> _Probed:
@@ -318,7 +344,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                     autocast=self.autocast and "mixed" in str(trainer.precision),
                 )
                 stack.callback(operator.release)
-                return operator, (*hooks, *notes)
+                return operator, (*_missing_batches(len(captured), self._schedule.batches), *hooks, *notes)
 
             operator, notes = ranks.together(prepare)
             shared = operator if ranks.group is None else RankSum(operator, ranks.group)
@@ -379,15 +405,34 @@ def _total_steps(trainer: Any) -> float:
     return float(trainer.estimated_stepping_batches)
 
 
+def _seconds_left(trainer: Any) -> float:
+    """Until the training is stopped by ``max_time``; infinity without one. Lightning keeps that limit in a callback."""
+    timers = [callback for callback in trainer.callbacks if callable(getattr(callback, "time_remaining", None))]
+    left = [timer.time_remaining() for timer in timers]
+    return min((float(seconds) for seconds in left if seconds is not None), default=math.inf)
+
+
+def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
+    if captured >= wanted:
+        return ()
+    return (
+        f"measured on {captured} of {wanted} curvature batches: the training was started or resumed while they were being "
+        "collected",
+    )
+
+
 def _mix(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 8191 + rank
 
 
 def _log_dir(trainer: Any) -> str:
+    """The run's own directory. Several runs share a logger's ``save_dir``, so there the one that ModelCheckpoint takes."""
     for logger in trainer.loggers:
-        directory = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-        if directory is not None:
+        if (directory := getattr(logger, "log_dir", None)) is not None:
             return str(directory)
+        if (directory := getattr(logger, "save_dir", None)) is not None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            return str(Path(directory, str(logger.name), version))
     return str(trainer.default_root_dir)
 
 
@@ -422,5 +467,5 @@ def _validate(
         raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-    if not name or name.startswith("/") or ".." in name.split("/"):
+    if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")

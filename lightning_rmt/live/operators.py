@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,23 @@ def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: Output
         "`return self(x), lambda logits: cross_entropy(logits, y)`. "
         'curvature="hessian" needs neither.'
     )
+
+
+def refuse_unmatched_parameters(module: Any, parameters: Sequence[str]) -> None:
+    """Refuses name patterns with a slip in them before the first step, rather than at every probe.
+
+    Patterns of frozen parameters pass: a callback may unfreeze them later.
+
+    Raises:
+        MisconfigurationException: a pattern matches no parameter of the module.
+    """
+    named = list(module.named_parameters())
+    unmatched = [pattern for pattern in parameters if not any(fnmatchcase(name, pattern) for name, _ in named)]
+    if unmatched:
+        try:
+            select_parameters(named, unmatched)
+        except ValueError as error:  # its message names what comes close
+            raise MisconfigurationException(f"SpectrumMonitor(parameters={list(parameters)}): {error}") from error
 
 
 def build_operator(

@@ -364,7 +364,7 @@ def test_batches_that_do_not_fit_between_probes_are_refused(tmp_path):
     [
         {"every_n_steps": 0}, {"max_overhead": 0.0}, {"max_overhead": 2.0}, {"curvature": "fisher"}, {"lanczos_steps": 0},
         {"probes": 0}, {"batches": 0}, {"on_error": "ignore"}, {"parameters": []}, {"parameters": "net.*"}, {"name": ""},
-        {"name": "../x"}, {"seed": -1}, {"product": "fast"}, {"figures_every": -1},
+        {"name": "../x"}, {"name": "."}, {"name": "a\0b"}, {"seed": -1}, {"product": "fast"}, {"figures_every": -1},
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments):
@@ -372,9 +372,124 @@ def test_bad_arguments(arguments):
         SpectrumMonitor(**arguments)
 
 
-def test_pattern_without_a_match_names_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match=r"net\.5\.\*.*net\.0\.weight"):
-        fit(monitor(parameters=["net.5.*"]), tmp_path)
+def test_pattern_without_a_match_is_refused_before_the_first_step(tmp_path):
+    watch = SpectrumMonitor(every_n_steps=5, parameters=["net.0.*", "net.5.*"])
+    with pytest.raises(MisconfigurationException, match=r"net\.5\.\*.*net\.0\.weight"):
+        fit(watch, tmp_path)
+    assert watch.history == []
+
+
+def test_pattern_of_parameters_that_are_unfrozen_later_is_not_refused(tmp_path):
+    class Unfreezes(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.net[0].requires_grad_(batch_idx >= 3)
+
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    watch = SpectrumMonitor(every_n_steps=5, lanczos_steps=5, parameters=["net.0.*"], figures_every=0)
+    with pytest.warns(UserWarning, match="matches only frozen parameters"):
+        fit(watch, tmp_path, module, callbacks=[Unfreezes()])
+    assert [entry.step for entry in watch.history] == [5, 10]
+
+
+@pytest.mark.parametrize("every_n_steps", [None, 5])
+def test_the_same_monitor_watches_a_second_training_from_its_start(every_n_steps, tmp_path):
+    """Cross-validation, say: nothing of the first training's schedule, pictures or sentences is carried over."""
+    watch, found, texts = monitor(every_n_steps=every_n_steps), [], []
+    for run in "ab":
+        trainer = fit(watch, tmp_path / run)
+        found.append([(entry.step, entry.lambda_max) for entry in watch.history])
+        texts.append([tag for tag in events(trainer.log_dir).Tags()["tensors"] if "notes" in tag])
+    assert found[0] == found[1]
+    assert found[0][0][0] == 0
+    assert texts[0] == texts[1] != []
+    fit(watch, tmp_path / "c", fast_dev_run=True)
+    assert len(watch.history) == 1
+
+
+def test_failures_of_an_earlier_training_do_not_count(tmp_path):
+    def broken(module, batch):
+        raise RuntimeError("no loss today")
+
+    watch = SpectrumMonitor(every_n_steps=2, loss_fn=broken, figures_every=0)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no loss today") as caught:
+            fit(watch, tmp_path)
+        assert len([w for w in caught if "SpectrumMonitor" in str(w.message)]) == 3
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on(tmp_path):
+    watch, module = monitor(), Classifier()
+    trainer = fit(watch, tmp_path, module)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    assert [entry.step for entry in watch.history] == [0, 5, 10, 15, 20]
+
+
+class Recorder(pl.loggers.Logger):
+    """A logger without a directory of its own, in a folder that its runs share; its images fail."""
+
+    name, version, save_dir = "project", None, None
+
+    def __init__(self, save_dir, version):
+        super().__init__()
+        self.save_dir, self.version, self.steps = str(save_dir), version, []
+
+    def log_hyperparams(self, *args, **kwargs): ...
+
+    def log_metrics(self, metrics, step):
+        if "rmt/lambda_max" in metrics:
+            self.steps.append(step)
+
+    def log_image(self, *args, **kwargs):
+        raise ConnectionError("server is down")
+
+
+def test_runs_that_share_a_folder_keep_their_readings_apart(tmp_path):
+    for run in ("abc", 3):
+        fit(monitor(), tmp_path, logger=Recorder(tmp_path, run))
+    assert sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("step_00000000.npz")) == [
+        "project/abc/rmt", "project/version_3/rmt",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_written_ends_neither_the_training_nor_the_rest_of_the_writing(tmp_path):
+    logger, in_the_way = Recorder(tmp_path, "x"), tmp_path / "project" / "x" / "rmt"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("")
+    watch = SpectrumMonitor(every_n_steps=5, lanczos_steps=5, figures_every=1)
+    with pytest.warns(UserWarning, match="could not write") as caught:
+        trainer = fit(watch, tmp_path, logger=logger, max_epochs=1)
+    said = " ".join(str(w.message) for w in caught)
+    assert "FileExistsError" in said
+    assert "server is down" in said
+    assert trainer.global_step == 12
+    assert logger.steps == [0, 5, 10]
+
+
+def test_a_window_cut_by_a_resume_is_noted(tmp_path):
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(monitor(batches=3), tmp_path, callbacks=[saving], enable_checkpointing=True)
+    resumed = monitor(batches=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(callbacks used to create|before the epoch ended).*")
+        fit(resumed, tmp_path, ckpt_path=tmp_path / "step=6.ckpt", max_steps=8)
+    assert resumed.reading.step == 7
+    assert "2 of 3 curvature batches" in resumed.reading.notes[0]
+
+
+def test_max_time_is_told_to_the_schedule(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "lightning_rmt.live.schedule.Schedule.decide",
+        lambda self, step, total_steps, seconds_left: told.append(seconds_left) or step + 1000,
+    )
+    fit(monitor(every_n_steps=None), tmp_path, max_time={"hours": 1})
+    fit(monitor(every_n_steps=None), tmp_path)
+    assert 3500 < told[0] <= 3600
+    assert told[-1] == float("inf")
 
 
 @pytest.mark.parametrize("kind", ["tqdm", "rich"])
