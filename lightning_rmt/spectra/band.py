@@ -30,10 +30,13 @@ def stieltjes_bounds(run: Tridiagonal, x: ArrayLike) -> tuple[NDArray[np.float64
     points = np.asarray(x, dtype=np.float64)
     flat = points.ravel()
     m, beta = run.steps, float(run.beta[-1])
+    # An eigenvalue that has converged is a node beside x when x is put on it: rounding must not decide its side.
+    side = 1e-9 * max(float(np.abs(run.nodes).max()), beta)
     if beta == 0.0:
         # The quadrature is the measure.
-        exact = np.concatenate([[0.0], np.cumsum(run.weights)])[np.searchsorted(run.nodes, flat, side="right")]
-        return exact.reshape(points.shape), exact.reshape(points.shape)
+        upto = np.append(0.0, np.cumsum(run.weights))
+        low, high = (upto[np.searchsorted(run.nodes, flat + way * side, side="right")] for way in (-1, 1))
+        return low.clip(0, 1).reshape(points.shape), high.clip(0, 1).reshape(points.shape)
     # The last diagonal entry that makes x an eigenvalue: x + beta^2 e_m' (T - x)^-1 e_m. At a node of T it is infinite, and
     # cut off where x is missed by 1e-8 of the scale at most.
     scale = max(float(np.abs(run.nodes).max()), beta)
@@ -49,8 +52,6 @@ def stieltjes_bounds(run: Tridiagonal, x: ArrayLike) -> tuple[NDArray[np.float64
     nodes, vectors = np.linalg.eigh(matrix)
     mass = vectors[:, 0, :] ** 2
     own = nodes[np.arange(flat.size), np.argmin(np.abs(nodes - flat[:, None]), axis=1)]
-    # An eigenvalue that has converged is a node beside x when x is put on it: rounding must not decide its side.
-    side = 1e-9 * scale
     lower = np.where(nodes < (np.minimum(own, flat) - side)[:, None], mass, 0.0).sum(axis=1)
     upper = np.where(nodes <= (np.maximum(own, flat) + side)[:, None], mass, 0.0).sum(axis=1)
     return lower.clip(0, 1).reshape(points.shape), upper.clip(0, 1).reshape(points.shape)
@@ -135,15 +136,20 @@ def quantile_bounds(runs: tuple[Tridiagonal, ...], quadrature: Quadrature, p: fl
     """Interval that holds the p-quantile: from where the upper to where the lower bound on the distribution reaches p.
 
     Among the exact levels it is one of them. Elsewhere the bounds at the nodes bracket it; within the bracket the sharp ones
-    are taken on a grid of 32 cells, and the interval is rounded outwards to it.
+    are taken on a grid of 32 cells, and the interval is rounded outwards to it. Where the bound has not reached p at the
+    last node, the quantile may lie beyond all of them, and nothing says how far: that end is infinite (but for an
+    exhausted run, which has seen all that there is).
     """
     exact = exact_quantile(quadrature, p)
     if exact is not None:
         return exact, exact
     nodes = np.unique(np.concatenate([*(run.nodes for run in runs), quadrature.levels]))
     start, stop = _crossings(nodes, *cdf_bounds(runs, quadrature, nodes, z, node_bounds), p)
-    grid = np.linspace(start, stop, 33)
-    return _crossings(grid, *cdf_bounds(runs, quadrature, grid, z), p)
+    grid = np.linspace(max(start, nodes[0]), min(stop, nodes[-1]), 33)
+    low, high = _crossings(grid, *cdf_bounds(runs, quadrature, grid, z), p)
+    if any(run.exhausted for run in runs):
+        low, high = max(low, float(nodes[0])), min(high, float(nodes[-1]))
+    return low, high
 
 
 def exact_quantile(quadrature: Quadrature, p: float) -> float | None:
@@ -160,8 +166,8 @@ def exact_quantile(quadrature: Quadrature, p: float) -> float | None:
 def _crossings(
     grid: NDArray[np.float64], lower: NDArray[np.float64], upper: NDArray[np.float64], p: float
 ) -> tuple[float, float]:
-    """Last point before the upper bound reaches p, and first point where the lower one has; the ends where none is."""
+    """Last point before the upper bound reaches p, and first point where the lower one has; infinite where none is."""
     reached_upper, reached_lower = np.flatnonzero(upper >= p), np.flatnonzero(lower >= p)
-    first = max(int(reached_upper[0]) - 1, 0) if reached_upper.size else grid.size - 1
-    last = int(reached_lower[0]) if reached_lower.size else grid.size - 1
-    return float(grid[first]), float(grid[last])
+    first = int(reached_upper[0]) - 1 if reached_upper.size else grid.size - 1
+    last = float(grid[reached_lower[0]]) if reached_lower.size else np.inf
+    return float(grid[first]) if first >= 0 else -np.inf, last

@@ -199,7 +199,7 @@ class Spectrum:
         return float(np.clip(self._distribution.quantile(p), *bounds))
 
     def quantile_bounds(self, p: float, z: float = 2.0) -> tuple[float, float]:
-        """Interval for the p-quantile, from `cdf_band`; ``z=0`` leaves the sampling error out."""
+        """Interval for the p-quantile, from `cdf_band`, perhaps infinite; ``z=0`` leaves the sampling error out."""
         if not 0 <= p <= 1:
             raise ValueError(f"a quantile needs a probability between 0 and 1, got {p}")
         if (p, z) not in self._known_quantiles:  # some 20 ms each

@@ -130,6 +130,35 @@ def test_quantiles_and_their_bounds():
     assert spectrum.quantile(0.3) == pytest.approx(np.quantile(eigenvalues, 0.3), abs=0.1)
 
 
+def test_a_quantile_beyond_all_nodes_has_no_finite_bound():
+    # Ten steps see neither end of these; the smallest of 2000 eigenvalues is out of reach for any power law.
+    misses, infinite = 0, 0
+    for eigenvalues in (np.sort(semicircle(2000)), np.sort(power_law(2000, 1.0))):
+        for seed in range(10):
+            spectrum = spectrum_of(eigenvalues, 10, seed=seed)
+            for rank in (1, 4, 20, 1000, 1980, 1996, 2000):
+                low, high = spectrum.quantile_bounds(rank / 2000)
+                misses += not low <= eigenvalues[rank - 1] <= high
+                infinite += np.isinf(low) or np.isinf(high)
+    assert misses <= 3
+    assert infinite > 60
+    assert np.isfinite(spectrum_of(semicircle(2000), 60).quantile_bounds(0.99)).all()
+
+
+def test_rounding_does_not_decide_on_which_side_an_eigenvalue_lies():
+    # The run is exhausted after five steps; its node for zero is zero to 1e-16 only.
+    eigenvalues = np.repeat([0.0, 1.0, 2.0, 3.0, 5.0], 20)
+    held = []
+    for seed in range(40):
+        spectrum = spectrum_of(eigenvalues, 20, seed=seed)
+        lower, upper = spectrum.cdf_band(np.unique(eigenvalues), z=3)
+        truth = share_below(eigenvalues, np.unique(eigenvalues))
+        held.append(((lower <= truth + 1e-12) & (truth <= upper + 1e-12)).all())
+        held.append(spectrum.zero_mass_bounds[0] <= 0.2 <= spectrum.zero_mass_bounds[1])
+        held.append(spectrum.negative_mass_bounds[0] == 0)
+    assert np.mean(held) > 0.95
+
+
 def test_quantiles_run_from_end_to_end():
     spectrum = spectrum_of(semicircle(1000), 40)
     values = [spectrum.quantile(p) for p in np.linspace(0, 1, 101)]
