@@ -6,28 +6,24 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from lightning_rmt.curvature.distributed import RankSum
-from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
-from lightning_rmt.live.fence import fence
 from lightning_rmt.live.loss import refuse_unusable_loss
+from lightning_rmt.live.measurement import ProbeSettings, measure_live
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
-from lightning_rmt.live.operators import (
-    build_operator,
-    hook_notes,
-    refuse_missing_outputs,
-    refuse_unmatched_parameters,
-)
-from lightning_rmt.live.progress import probe_progress
-from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
+from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.schedule import Schedule
-from lightning_rmt.live.sharding import unsharded
 from lightning_rmt.live.strategies import refuse_untested_strategy
-from lightning_rmt.probe import Measurement, measure
+from lightning_rmt.live.training import (
+    current_step,
+    learning_rate,
+    log_directory,
+    on_last_batch_of_fast_dev_run,
+    seconds_left,
+    total_steps,
+)
 from lightning_rmt.reading import Reading
 from lightning_rmt.report.files import save_reading
 from lightning_rmt.report.history import HistoryEntry
@@ -35,15 +31,6 @@ from lightning_rmt.report.loggers import LoggerReport
 
 FAILURES_IN_A_ROW = 3
 STATE_VERSION = 1
-
-
-class _Probed(NamedTuple):
-    """What comes back from behind the fence: no reference to the module, its graph or its batches."""
-
-    measured: Measurement
-    samples: int
-    parameters: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
@@ -159,6 +146,22 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         """Own key in the checkpoint for each of several monitors."""
         return f"SpectrumMonitor[{self.name}]"
 
+    @property
+    def _settings(self) -> ProbeSettings:
+        return ProbeSettings(
+            curvature=self.curvature,
+            product=self.product,
+            parameters=self.parameters,
+            loss_fn=self.loss_fn,
+            outputs_fn=self.outputs_fn,
+            autocast=self.autocast,
+            lanczos_steps=self.lanczos_steps,
+            probes=self.probes,
+            batches=self._schedule.batches,
+            seed=self.seed,
+            name=self.name,
+        )
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what can't work, before the first step."""
         if stage != "fit":
@@ -178,7 +181,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks what depends on the accumulation and on the parameters' names, and starts the clock."""
-        if _step(trainer) == 0:
+        if current_step(trainer) == 0:
             self._start_afresh()
         every = self._schedule.every_n_steps
         if every is not None and self._schedule.window(trainer.accumulate_grad_batches) > every:
@@ -188,12 +191,12 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             )
         if self.parameters is not None:
             refuse_unmatched_parameters(pl_module, self.parameters)
-        self._total_steps = _total_steps(trainer)
+        self._total_steps = total_steps(trainer)
         self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Copies the batch if a probe is coming up: the training step may change it."""
-        if self._idle(trainer) or not self._schedule.collects(_step(trainer), trainer.accumulate_grad_batches):
+        if self._idle(trainer) or not self._schedule.collects(current_step(trainer), trainer.accumulate_grad_batches):
             return
         try:
             self._collector.add(batch, batch_idx)
@@ -204,15 +207,15 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         """Takes a probe if one is due after the optimizer step that was just made."""
         if self._idle(trainer) or trainer.fit_loop._should_accumulate():
             return
-        step = _step(trainer)
+        step = current_step(trainer)
         now = time.perf_counter()
         if self._clock is not None:
             self._schedule.stepped(now - self._clock)
-        if self._schedule.due(step, trainer.accumulate_grad_batches) or _last_chance(trainer):
+        if self._schedule.due(step, trainer.accumulate_grad_batches) or on_last_batch_of_fast_dev_run(trainer):
             recurring = self._take(trainer, pl_module, step)
             self._schedule.probed(step, time.perf_counter() - now, recurring)
         elif self._schedule.undecided(step):
-            following = self._schedule.decide(step, self._total_steps, _seconds_left(trainer))
+            following = self._schedule.decide(step, self._total_steps, seconds_left(trainer))
             self._schedule.set_next(step, Ranks.of(trainer).from_first(following))
         self._clock = time.perf_counter()
 
@@ -260,30 +263,33 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
 
     def _take(self, trainer: Any, pl_module: Any, step: int) -> float | None:
         """Takes a reading and writes it; returns its seconds, None if it failed."""
-        captured, begin = self._collector.take(), time.perf_counter()
+        begin = time.perf_counter()
         try:
-            probed = self._probe(trainer, pl_module, captured, step)
+            probed = measure_live(trainer, pl_module, self._captured, step, self._settings, check=not self._checked)
         except Exception as error:
             self._probe_failed(trainer, error)
             return None
+        if not self._checked and trainer.is_global_zero:
+            for sentence in probed.warnings:  # about the module, so once is enough; the loggers get them as text
+                warnings.warn(f"SpectrumMonitor {self.name!r}: {sentence}", stacklevel=2)
         self._failures = 0
         self._checked = True
         seconds = time.perf_counter() - begin
-        check = probed.measured.check
+        check = probed.measurement.check
         self.reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
-            spectrum=probed.measured.spectrum,
+            spectrum=probed.measurement.spectrum,
             curvature=self.curvature,
             name=self.name,
             seconds=seconds,
             samples=probed.samples,
             parameters=probed.parameters,
-            learning_rate=_learning_rate(trainer),
+            learning_rate=learning_rate(trainer),
             overhead=self._schedule.overhead_with(seconds),
             symmetry_error=None if check is None else check.symmetry,
             repeat_error=None if check is None else check.repeat,
-            notes=probed.notes,
+            notes=(*probed.warnings, *probed.notes),
         )
         self.history.append(HistoryEntry.from_reading(self.reading))
         if trainer.is_global_zero:
@@ -302,7 +308,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     def _write(self, trainer: Any, reading: Reading) -> None:
         """Saves and logs a reading; where one of the two fails, the other is still done."""
         if not trainer.fast_dev_run:
-            self._try_to_write(reading, lambda: save_reading(reading, _log_dir(trainer)))
+            self._try_to_write(reading, lambda: save_reading(reading, log_directory(trainer)))
         self._try_to_write(reading, lambda: self._report.log(trainer.loggers, reading, self.history))
 
     def _try_to_write(self, reading: Reading, write: Callable[[], object]) -> None:
@@ -318,127 +324,27 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 stacklevel=4,
             )
 
-    def _probe(self, trainer: Any, pl_module: Any, captured: list[CapturedBatch], step: int) -> _Probed:
-        """The measurement, taken behind the fence on all ranks together or on none."""
-        ranks = Ranks.of(trainer)
-        with ExitStack() as stack:
-
-            def prepare() -> tuple[CurvatureOperator, tuple[str, ...]]:
-                error, self._capture_error = self._capture_error, None
-                if error is not None:
-                    raise error
-                if not captured:
-                    raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
-                hooks = hook_notes(pl_module)
-                seed = _mix(self.seed, step, ranks.rank)
-                stack.enter_context(fence(trainer, pl_module, seed=seed, autocast=self.autocast))
-                stack.enter_context(unsharded(pl_module))
-                operator, notes = build_operator(
-                    pl_module,
-                    captured,
-                    curvature=self.curvature,
-                    product=self.product,
-                    parameters=self.parameters,
-                    loss_fn=self.loss_fn,
-                    outputs_fn=self.outputs_fn,
-                    autocast=self.autocast and "mixed" in str(trainer.precision),
-                )
-                stack.callback(operator.release)
-                return operator, (*_missing_batches(len(captured), self._schedule.batches), *hooks, *notes)
-
-            operator, notes = ranks.together(prepare)
-            shared = operator if ranks.group is None else RankSum(operator, ranks.group)
-            products = self.probes * min(self.lanczos_steps, operator.size)
-            on_step = stack.enter_context(probe_progress(trainer, self.name, products))
-            measured = self._measure(ranks, shared, step, on_step)
-            return _Probed(measured, int(shared.samples), operator.block.names, notes)
-
-    def _measure(self, ranks: Ranks, operator: Any, step: int, on_step: Any) -> Measurement:
-        """The spectrum; where a rank failed inside a product, its own error there and a word about it elsewhere."""
-
-        def run() -> Measurement:
-            try:
-                return measure(
-                    operator,
-                    steps=self.lanczos_steps,
-                    probes=self.probes,
-                    seed=_mix(self.seed, step, 0),
-                    check=not self._checked,
-                    on_step=on_step,
-                )
-            except Exception:
-                if getattr(operator, "error", None) is not None:
-                    raise operator.error from None
-                raise
-
-        return ranks.together(run)
+    def _captured(self) -> list[CapturedBatch]:
+        """The batches, or what went wrong when they were captured; either is forgotten."""
+        error, self._capture_error = self._capture_error, None
+        batches = self._collector.take()
+        if error is not None:
+            raise error
+        return batches
 
     def _probe_failed(self, trainer: Any, error: Exception) -> None:
         """Warns or raises; turns the monitor off after repeated failures."""
-        if self.on_error == "raise" or isinstance(error, MisconfigurationException):
+        if self.on_error == "raise":
             raise error
         self._failures += 1
         self._off = self._failures >= FAILURES_IN_A_ROW
         ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
-        if trainer.is_global_zero or not self._off:
+        if trainer.is_global_zero or not isinstance(error, OtherRankFailedError):  # whose log says why
             warnings.warn(
-                f"SpectrumMonitor {self.name!r} could not take its probe after step {_step(trainer)}, the training is "
-                f"unaffected: {type(error).__name__}: {error}{ending}",
+                f"SpectrumMonitor {self.name!r} could not take its probe after step {current_step(trainer)}, the training "
+                f"is unaffected: {type(error).__name__}: {error}{ending}",
                 stacklevel=3,
             )
-
-
-def _step(trainer: Any) -> int:
-    """The loggers' step axis, as LearningRateMonitor uses it: batches after which an optimizer stepped."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-
-def _last_chance(trainer: Any) -> bool:
-    """A fast_dev_run may be too short for several batches; it probes with those that it has."""
-    return bool(trainer.fast_dev_run) and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-
-
-def _total_steps(trainer: Any) -> float:
-    """Steps of the whole training; infinity where neither max_epochs nor max_steps says so."""
-    if trainer.max_epochs == -1 and trainer.max_steps == -1:
-        return math.inf
-    return float(trainer.estimated_stepping_batches)
-
-
-def _seconds_left(trainer: Any) -> float:
-    """Until the training is stopped by ``max_time``; infinity without one. Lightning keeps that limit in a callback."""
-    timers = [callback for callback in trainer.callbacks if callable(getattr(callback, "time_remaining", None))]
-    left = [timer.time_remaining() for timer in timers]
-    return min((float(seconds) for seconds in left if seconds is not None), default=math.inf)
-
-
-def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
-    if captured >= wanted:
-        return ()
-    return (
-        f"measured on {captured} of {wanted} curvature batches: the training was started or resumed while they were being "
-        "collected",
-    )
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 8191 + rank
-
-
-def _log_dir(trainer: Any) -> str:
-    """The run's own directory. Several runs share a logger's ``save_dir``, so there the one that ModelCheckpoint takes."""
-    for logger in trainer.loggers:
-        if (directory := getattr(logger, "log_dir", None)) is not None:
-            return str(directory)
-        if (directory := getattr(logger, "save_dir", None)) is not None:
-            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            return str(Path(directory, str(logger.name), version))
-    return str(trainer.default_root_dir)
-
-
-def _learning_rate(trainer: Any) -> float | None:
-    rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups if "lr" in g]
-    return max(rates, default=None)
 
 
 def _choose(argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -70,8 +70,8 @@ def build_operator(
     loss_fn: LossFn | None,
     outputs_fn: OutputsFn | None,
     autocast: bool = False,
-) -> tuple[CurvatureOperator, tuple[str, ...]]:
-    """The operator on this rank's batches, and sentences about it that the user should read.
+) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
+    """The operator on this rank's batches, what to warn of about it, and sentences to keep with what it shows.
 
     Args:
         module: the LightningModule, fenced and (if it was sharded) gathered.
@@ -89,10 +89,10 @@ def build_operator(
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), parameters)
-    operator, notes = _operator(module, chosen, captured, curvature, product, loss_fn, outputs_fn)
+    operator, fallback, notes = _operator(module, chosen, captured, curvature, product, loss_fn, outputs_fn)
     if autocast:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
-    return operator, (*notes, *_warnings(operator))
+    return operator, (*fallback, *_warnings(operator)), notes
 
 
 def _operator(
@@ -103,14 +103,15 @@ def _operator(
     product: Product,
     loss_fn: LossFn | None,
     outputs_fn: OutputsFn | None,
-) -> tuple[CurvatureOperator, tuple[str, ...]]:
+) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if curvature == "ggn":
-        return _gauss_newton(module, chosen, captured, outputs_fn), ()
+        return _gauss_newton(module, chosen, captured, outputs_fn), (), ()
     loss = curvature_loss(module, loss_fn)
     if curvature == "gradient_covariance":
-        return GradientCovariance(loss, chosen, captured), ()
+        return GradientCovariance(loss, chosen, captured), (), ()
     if product == "finite_difference":
-        return _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
+        operator, note = _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
+        return operator, (), (note,)
     try:
         hessian = Hessian(loss, chosen, captured)
         if product == "auto":
@@ -118,19 +119,21 @@ def _operator(
     except SecondDerivativeError as error:
         if product == "exact":
             raise
-        return _finite_differences(loss, chosen, captured, f"PyTorch has no second derivative of {error.operation}")
-    return hessian, ()
+        why = f"PyTorch has no second derivative of {error.operation}"
+        operator, note = _finite_differences(loss, chosen, captured, why)
+        return operator, (note,), ()
+    return hessian, (), ()
 
 
 def _finite_differences(
     loss: Any, chosen: list[tuple[str, Tensor]], captured: Sequence[CapturedBatch], why: str
-) -> tuple[CurvatureOperator, tuple[str, ...]]:
+) -> tuple[CurvatureOperator, str]:
     operator = FiniteDifferenceHessian(loss, chosen, captured)
     check = operator.checked
     assert check is not None  # made unless a tolerance of infinity asks for none
     return operator, (
         f"products are finite differences of gradients, because {why}: two steps differ by {check.disagreement:.1e}, "
-        f"asymmetry {check.asymmetry:.1e}. Good for density and outliers, not for the last digits",
+        f"asymmetry {check.asymmetry:.1e}. Good for density and outliers, not for the last digits"
     )
 
 

@@ -317,12 +317,20 @@ def test_operation_without_second_derivative_falls_back_to_checked_differences(t
             return torch.optim.SGD(self.parameters(), 0.1)
 
     watch = monitor()
-    fit(watch, tmp_path, module=Bag())
+    with pytest.warns(UserWarning, match="embedding_bag") as caught:
+        fit(watch, tmp_path, module=Bag())
+    assert len([w for w in caught if "embedding_bag" in str(w.message)]) == 1  # of three probes
     assert any("finite differences" in note for note in watch.reading.notes)
     assert any("embedding_bag" in note for note in watch.reading.notes)
 
 
-def test_gradient_hooks_and_unreached_parameters_are_noted(tmp_path):
+def test_finite_differences_that_were_asked_for_are_noted_without_a_warning(tmp_path):
+    watch = monitor(product="finite_difference")
+    fit(watch, tmp_path)
+    assert "finite differences of gradients" in watch.reading.notes[0]
+
+
+def test_gradient_hooks_and_unreached_parameters_are_warned_of_and_noted(tmp_path):
     class Hooked(Classifier):
         def __init__(self):
             super().__init__()
@@ -330,9 +338,9 @@ def test_gradient_hooks_and_unreached_parameters_are_noted(tmp_path):
             self.spare = nn.Linear(2, 2)
 
     plain, hooked = monitor(lanczos_steps=30), monitor(lanczos_steps=30)
-    for watch, module in ((plain, Classifier), (hooked, Hooked)):
-        torch.manual_seed(0)
-        fit(watch, tmp_path, module=module(), max_steps=1)
+    fit(plain, tmp_path, max_steps=1)
+    with pytest.warns(UserWarning, match="gradient hooks"), pytest.warns(UserWarning, match="no gradient reaches"):
+        fit(hooked, tmp_path, module=Hooked())
     notes = " ".join(hooked.reading.notes)
     assert "net.0.weight" in notes
     assert "no gradient reaches spare.weight, spare.bias" in notes

@@ -1,0 +1,141 @@
+"""One measurement on the live module: fenced, gathered, on all ranks together or on none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_rmt.curvature.distributed import RankSum
+from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.live.batches import CapturedBatch
+from lightning_rmt.live.fence import fence
+from lightning_rmt.live.loss import LossFn
+from lightning_rmt.live.operators import Curvature, OutputsFn, Product, build_operator, hook_notes
+from lightning_rmt.live.progress import probe_progress
+from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.sharding import unsharded
+from lightning_rmt.probe import Measurement, measure
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is measured, and how; the arguments of `SpectrumMonitor` of the same names."""
+
+    curvature: Curvature
+    product: Product
+    parameters: Sequence[str] | None
+    loss_fn: LossFn | None
+    outputs_fn: OutputsFn | None
+    autocast: bool
+    lanczos_steps: int
+    probes: int
+    batches: int
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True)
+class LiveMeasurement:
+    """What comes back from behind the fence: no reference to the module, its graph or its batches.
+
+    Attributes:
+        measurement: the spectrum and what it took.
+        samples: in the curvature batches, over all ranks.
+        parameters: names of the measured parameters.
+        warnings: what the user should be warned of, about the module.
+        notes: further sentences to keep with the reading.
+    """
+
+    measurement: Measurement
+    samples: int
+    parameters: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def measure_live(
+    trainer: Any,
+    module: Any,
+    captured: Callable[[], list[CapturedBatch]],
+    step: int,
+    settings: ProbeSettings,
+    check: bool,
+) -> LiveMeasurement:
+    """Measures the curvature of the module's loss as it is now; training never notices.
+
+    Every rank must call it at the same step. Whatever a rank may fail at on its own is followed by an agreement, so that
+    all of them raise, or none does.
+
+    Args:
+        trainer: the Trainer.
+        module: the LightningModule.
+        captured: gives this rank's batches, or raises what went wrong when they were captured.
+        step: the current step; with the seed, it makes the start vectors and the dropout masks.
+        settings: what to measure, and how.
+        check: whether to test the product's symmetry and repeatability first.
+
+    Raises:
+        OtherRankFailedError: another rank failed.
+        Exception: whatever went wrong here.
+    """
+    ranks = Ranks.of(trainer)
+    with ExitStack() as stack:
+
+        def prepare() -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
+            batches = captured()
+            if not batches:
+                raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
+            hooks = hook_notes(module)
+            seed = _mix(settings.seed, step, ranks.rank)
+            stack.enter_context(fence(trainer, module, seed=seed, autocast=settings.autocast))
+            stack.enter_context(unsharded(module))
+            operator, warnings, notes = build_operator(
+                module,
+                batches,
+                curvature=settings.curvature,
+                product=settings.product,
+                parameters=settings.parameters,
+                loss_fn=settings.loss_fn,
+                outputs_fn=settings.outputs_fn,
+                autocast=settings.autocast and "mixed" in str(trainer.precision),
+            )
+            stack.callback(operator.release)
+            return operator, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
+
+        operator, warnings, notes = ranks.together(prepare)
+        shared = operator if ranks.group is None else RankSum(operator, ranks.group)
+        products = settings.probes * min(settings.lanczos_steps, operator.size)
+        on_step = stack.enter_context(probe_progress(trainer, settings.name, products))
+
+        def run() -> Measurement:
+            try:
+                return measure(
+                    shared,
+                    steps=settings.lanczos_steps,
+                    probes=settings.probes,
+                    seed=_mix(settings.seed, step, 0),
+                    check=check,
+                    on_step=on_step,
+                )
+            except Exception:
+                if isinstance(shared, RankSum) and shared.error is not None:
+                    raise shared.error from None  # rather than the NaN that it made of the sum
+                raise
+
+        return LiveMeasurement(ranks.together(run), int(shared.samples), operator.block.names, warnings, notes)
+
+
+def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
+    if captured >= wanted:
+        return ()
+    return (
+        f"measured on {captured} of {wanted} curvature batches: the training was started or resumed while they were being "
+        "collected",
+    )
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """One seed from three numbers, within what a torch generator takes."""
+    return ((seed * 1_000_003 + step) * 8191 + rank) % 2**63
