@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 where there is nothing to draw."""
     options = _parser().parse_args(arguments)
     try:
-        run = load_run(options.run_directory)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run = load_run(options.run_directory)
     except FileNotFoundError as error:
         return _refuse(str(error))
+    for warning in caught:  # for whoever typed the command: without a source file and a line of code
+        print(f"python -m lightning_rmt: warning: {warning.message}", file=sys.stderr)
     if not run:
         return _refuse(
             f"no readings below {options.run_directory}: expected files <name>/step_<step>.npz, which SpectrumMonitor "
@@ -32,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for key, readings in run.items():
         print(f"{key}: {len(readings)} reading{'s' if len(readings) > 1 else ''}")
         print(summary_table(readings))
-        paths = draw_run(readings, output / key, options.format, options.every)
+        try:
+            paths = draw_run(readings, output / key, options.format, options.every)
+        except OSError as error:
+            return _refuse(f"the figures can't be written: {error}; --output chooses another folder")
         print("\n".join(f"wrote {path}" for path in paths), end="\n\n")
     return 0
 

@@ -133,11 +133,22 @@ def measure(
     begin = time.perf_counter()
     checked = check_product(operator, seed) if check else None
     if checked is not None and not checked.ok and product_noise(operator) < TOLERANCE:
+        if checked.repeat <= TOLERANCE:
+            cause = (
+                "The products repeat, so nothing random is at work: an operation of the loss has a wrong second derivative "
+                "(an autograd.Function of your own; layer_norm, batch_norm or instance_norm where the loss itself contains "
+                'a gradient, as a gradient penalty does). SpectrumMonitor(product="finite_difference") needs first '
+                "derivatives only"
+            )
+        else:
+            cause = (
+                "Something in the loss changes from product to product (randomness from a generator of its own, running "
+                "statistics, non-deterministic kernels), or a hook changes gradients. Make the loss a fixed function of the "
+                "parameters with loss_fn="
+            )
         raise ValueError(
             f"the curvature product is not a symmetric matrix's: asymmetry {checked.symmetry:.1e}, difference of the same "
-            f"product taken twice {checked.repeat:.1e} (both should be below {TOLERANCE:g}). Something in the loss changes "
-            "from product to product (randomness from a generator of its own, running statistics, non-deterministic "
-            "kernels), or a hook changes gradients. Make the loss a fixed function of the parameters with loss_fn="
+            f"product taken twice {checked.repeat:.1e} (both should be below {TOLERANCE:g}). {cause}"
         )
     spectrum = estimate_spectrum(operator, steps=steps, probes=probes, seed=seed, on_step=on_step)
     return Measurement(spectrum, checked, time.perf_counter() - begin)

@@ -29,7 +29,7 @@ class Reading:
         samples: samples in the curvature batches, over all ranks.
         parameters: names of the probed parameters.
         learning_rate: largest learning rate over the optimizers' parameter groups, None where there is none.
-        symmetry_error: ``|u'Hv - v'Hu|`` relative to ``|Hu| |v|`` + ``|Hv| |u|``; None where it wasn't tested.
+        symmetry_error: ``|u'Hv - v'Hu| / |Hu|`` with random u and v along Hu; None where it wasn't tested.
         repeat_error: relative difference of the same product taken twice; None where it wasn't tested.
         notes: sentences for the user: what was refused or looks wrong, and why.
     """

@@ -111,9 +111,17 @@ def test_help_says_what_is_needed(capsys):
 def test_a_damaged_file_does_not_stop_the_rest(run_directory, tmp_path, capsys):
     save_reading(reading(5), tmp_path)
     (tmp_path / "rmt" / "step_00000006.npz").write_bytes(b"broken")
-    with pytest.warns(UserWarning, match="step_00000006"):
-        assert main(["plot", str(tmp_path)]) == 0
-    assert "rmt: 1 reading\n" in capsys.readouterr().out
+    assert main(["plot", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "rmt: 1 reading\n" in printed.out
+    assert printed.err.startswith("python -m lightning_rmt: warning: skipped ")
+    assert printed.err.count("step_00000006.npz") == printed.err.count("\n") == 1
+
+
+def test_figures_that_cannot_be_written_are_an_error_that_says_so(run_directory, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert main(["plot", str(run_directory), "--output", str(tmp_path / "file")]) == 2
+    assert "can't be written" in capsys.readouterr().err
 
 
 def test_runs_as_a_module_without_torch(run_directory, tmp_path):
