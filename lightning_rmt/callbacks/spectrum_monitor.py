@@ -55,7 +55,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             the whole training, as long as ``max_epochs``, ``max_steps`` or ``max_time`` say it is; early on, and in a
             training that ends before that, it may be up to four times as much.
         curvature: ``"hessian"``, ``"ggn"`` (Gauss-Newton; needs ``outputs_fn`` or the module's ``curvature_outputs``) or
-            ``"gradient_covariance"`` (per sample).
+            ``"gradient_covariance"`` (of one sample's gradient; see ``microbatch``).
         lanczos_steps: products per probe. 100 resolve most outliers; 50 are often enough with a few large ones.
         probes: random start vectors. One carries its own error bars; more make density and trace sharper.
         batches: curvature batches per probe and rank, collected over the steps before it.
@@ -65,6 +65,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             ``"ggn"``.
         parameters: name patterns (``"encoder.*"``) of the parameters to look at. None: all trainable ones.
         levels: parameter blocks whose exact level statistics are wanted; not available in this version, must be None.
+        microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
+            and estimate the same matrix.
         product: ``"exact"`` (double backward), ``"finite_difference"``, or ``"auto"``: exact, unless an operation of the
             model has no second derivative and finite differences pass their own check.
         autocast: measure under the Trainer's autocast instead of in full precision; products then err by 0.4 to 5 %.
@@ -99,6 +101,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         outputs_fn: Callable[[Any, Any], Any] | None = None,
         parameters: list[str] | None = None,
         levels: list[str] | None = None,
+        microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
         seed: int = 0,
@@ -108,7 +111,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         custom_scalars: bool = False,
     ) -> None:
         super().__init__()
-        _validate(every_n_steps, max_overhead, lanczos_steps, probes, batches, parameters, seed, name)
+        _at_least_one(lanczos_steps=lanczos_steps, probes=probes, batches=batches, microbatch=microbatch)
+        _validate(every_n_steps, max_overhead, parameters, seed, name)
         _choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
         _choose("product", product, ("auto", "exact", "finite_difference"))
         _choose("on_error", on_error, ("warn", "raise"))
@@ -124,6 +128,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.outputs_fn = outputs_fn
         self.parameters = parameters
         self.levels = levels
+        self.microbatch = microbatch
         self.product = product
         self.autocast = autocast
         self.seed = seed
@@ -150,6 +155,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     def _settings(self) -> ProbeSettings:
         return ProbeSettings(
             curvature=self.curvature,
+            microbatch=self.microbatch,
             product=self.product,
             parameters=self.parameters,
             loss_fn=self.loss_fn,
@@ -352,12 +358,15 @@ def _choose(argument: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def _at_least_one(**arguments: int) -> None:
+    for argument, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value}")
+
+
 def _validate(
     every_n_steps: int | None,
     max_overhead: float,
-    lanczos_steps: int,
-    probes: int,
-    batches: int,
     parameters: list[str] | None,
     seed: int,
     name: str,
@@ -366,9 +375,6 @@ def _validate(
         raise ValueError(f"every_n_steps must be at least 1, or None for a schedule by budget, got {every_n_steps}")
     if not 0.0 < max_overhead <= 1.0:
         raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
-    for argument, value in (("lanczos_steps", lanczos_steps), ("probes", probes), ("batches", batches)):
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
     if parameters is not None and (isinstance(parameters, str) or not parameters):
         raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
     if seed < 0:

@@ -24,6 +24,7 @@ class ProbeSettings:
     """What is measured, and how; the arguments of `SpectrumMonitor` of the same names."""
 
     curvature: Curvature
+    microbatch: int
     product: Product
     parameters: Sequence[str] | None
     loss_fn: LossFn | None
@@ -95,6 +96,7 @@ def measure_live(
                 module,
                 batches,
                 curvature=settings.curvature,
+                microbatch=settings.microbatch,
                 product=settings.product,
                 parameters=settings.parameters,
                 loss_fn=settings.loss_fn,

@@ -65,6 +65,7 @@ def build_operator(
     captured: Sequence[CapturedBatch],
     *,
     curvature: Curvature,
+    microbatch: int,
     product: Product,
     parameters: Sequence[str] | None,
     loss_fn: LossFn | None,
@@ -77,6 +78,7 @@ def build_operator(
         module: the LightningModule, fenced and (if it was sharded) gathered.
         captured: this rank's curvature batches, at least one.
         curvature: which matrix.
+        microbatch: samples per gradient of the gradient covariance.
         product: ``"auto"`` tries double backward once and falls back to finite differences where an operation has no
             second derivative; its ``check`` has then been passed.
         parameters: name globs, or None for all trainable ones.
@@ -89,7 +91,7 @@ def build_operator(
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), parameters)
-    operator, fallback, notes = _operator(module, chosen, captured, curvature, product, loss_fn, outputs_fn)
+    operator, fallback, notes = _operator(module, chosen, captured, curvature, microbatch, product, loss_fn, outputs_fn)
     if autocast:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     return operator, (*fallback, *_warnings(operator)), notes
@@ -100,6 +102,7 @@ def _operator(
     chosen: list[tuple[str, Tensor]],
     captured: Sequence[CapturedBatch],
     curvature: Curvature,
+    microbatch: int,
     product: Product,
     loss_fn: LossFn | None,
     outputs_fn: OutputsFn | None,
@@ -108,7 +111,7 @@ def _operator(
         return _gauss_newton(module, chosen, captured, outputs_fn), (), ()
     loss = curvature_loss(module, loss_fn)
     if curvature == "gradient_covariance":
-        return GradientCovariance(loss, chosen, captured), (), ()
+        return GradientCovariance(loss, chosen, captured, microbatch), (), ()
     if product == "finite_difference":
         operator, note = _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
         return operator, (), (note,)

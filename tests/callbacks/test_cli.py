@@ -33,6 +33,7 @@ ARGUMENTS = {
     "outputs_fn": "tests_of_cli.outputs_fn",
     "parameters": ["net.*"],
     "levels": None,
+    "microbatch": 2,
     "product": "exact",
     "autocast": True,
     "seed": 3,

@@ -301,6 +301,9 @@ def test_gradient_covariance_is_positive_and_has_the_rank_of_the_batch(tmp_path)
     spectrum = watch.reading.spectrum
     assert spectrum.lambda_min.value > -1e-5 * spectrum.lambda_max.value
     assert len(spectrum.top) <= 15
+    fewer = monitor(curvature="gradient_covariance", lanczos_steps=40, microbatch=4)
+    fit(fewer, tmp_path)
+    assert len(fewer.reading.spectrum.top) <= 3  # four gradients about their mean
 
 
 def test_operation_without_second_derivative_falls_back_to_checked_differences(tmp_path):
@@ -371,7 +374,8 @@ def test_batches_that_do_not_fit_between_probes_are_refused(tmp_path):
     "arguments",
     [
         {"every_n_steps": 0}, {"max_overhead": 0.0}, {"max_overhead": 2.0}, {"curvature": "fisher"}, {"lanczos_steps": 0},
-        {"probes": 0}, {"batches": 0}, {"on_error": "ignore"}, {"parameters": []}, {"parameters": "net.*"}, {"name": ""},
+        {"probes": 0},
+        {"microbatch": 0}, {"batches": 0}, {"on_error": "ignore"}, {"parameters": []}, {"parameters": "net.*"}, {"name": ""},
         {"name": "../x"}, {"name": "."}, {"name": "a\0b"}, {"seed": -1}, {"product": "fast"}, {"figures_every": -1},
     ],
 )  # fmt: skip
