@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal
 
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
@@ -360,8 +361,8 @@ def _choose(argument: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _at_least_one(**arguments: int) -> None:
     for argument, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
 
 
 def _validate(
@@ -371,8 +372,10 @@ def _validate(
     seed: int,
     name: str,
 ) -> None:
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be at least 1, or None for a schedule by budget, got {every_n_steps}")
+    if every_n_steps is not None and (not isinstance(every_n_steps, Integral) or every_n_steps < 1):
+        raise ValueError(
+            f"every_n_steps must be an integer of at least 1, or None for a schedule by budget, got {every_n_steps!r}"
+        )
     if not 0.0 < max_overhead <= 1.0:
         raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
     if parameters is not None and (isinstance(parameters, str) or not parameters):

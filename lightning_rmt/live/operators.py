@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_rmt.curvature.errors import SecondDerivativeError
+from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError
 from lightning_rmt.curvature.finite_difference import FiniteDifferenceHessian
 from lightning_rmt.curvature.gauss_newton import GaussNewton
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
@@ -123,7 +123,14 @@ def _operator(
         if product == "exact":
             raise
         why = f"PyTorch has no second derivative of {error.operation}"
-        operator, note = _finite_differences(loss, chosen, captured, why)
+        try:
+            operator, note = _finite_differences(loss, chosen, captured, why)
+        except CurvatureError as refused:  # whose advice is to use the Hessian, which is what failed
+            raise CurvatureError(
+                f"{why}, and finite differences of gradients don't agree with each other either (a loss with kinks, such as "
+                f"ReLU's, or with noise). Give a loss without {error.operation} (loss_fn=), or measure another curvature "
+                '("ggn", "gradient_covariance")'
+            ) from refused
         return operator, (note,), ()
     return hessian, (), ()
 

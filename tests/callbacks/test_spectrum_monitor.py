@@ -180,6 +180,14 @@ def test_resumed_run_probes_at_the_same_steps_with_the_same_values(tmp_path):
     assert whole.reading.symmetry_error is None  # tested on the first probe only
 
 
+def test_the_first_probe_is_announced_with_its_cost(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(monitor(probes=2), tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records if "first probe" in record.getMessage()]
+    assert "24 products" in line
+    assert line.endswith("MiB for its basis")
+
+
 def test_state_is_plain(tmp_path):
     watch = monitor()
     fit(watch, tmp_path)
@@ -327,6 +335,17 @@ def test_operation_without_second_derivative_falls_back_to_checked_differences(t
     assert any("embedding_bag" in note for note in watch.reading.notes)
 
 
+def test_neither_second_derivatives_nor_finite_differences(tmp_path):
+    class Kinks(Classifier):
+        def loss(self, batch):
+            hidden = 100 * torch.relu(self.net[0](batch[0]))
+            return cross_entropy(self.net[2](torch.cdist(hidden, 100 * torch.eye(8))), batch[1])
+
+    watch = SpectrumMonitor(every_n_steps=20, figures_every=0)
+    with pytest.warns(UserWarning, match=r"second derivative of .*_cdist_backward, and finite differences.*loss_fn="):
+        fit(watch, tmp_path, module=Kinks())
+
+
 def test_finite_differences_that_were_asked_for_are_noted_without_a_warning(tmp_path):
     watch = monitor(product="finite_difference")
     fit(watch, tmp_path)
@@ -373,7 +392,8 @@ def test_batches_that_do_not_fit_between_probes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"every_n_steps": 0}, {"max_overhead": 0.0}, {"max_overhead": 2.0}, {"curvature": "fisher"}, {"lanczos_steps": 0},
+        {"every_n_steps": 0}, {"every_n_steps": 2.5}, {"every_n_steps": "5"}, {"lanczos_steps": 10.0},
+        {"max_overhead": 0.0}, {"max_overhead": 2.0}, {"curvature": "fisher"}, {"lanczos_steps": 0},
         {"probes": 0},
         {"microbatch": 0}, {"batches": 0}, {"on_error": "ignore"}, {"parameters": []}, {"parameters": "net.*"}, {"name": ""},
         {"name": "../x"}, {"name": "."}, {"name": "a\0b"}, {"seed": -1}, {"product": "fast"}, {"figures_every": -1},
