@@ -14,6 +14,7 @@ from lightning_rmt.spectra.spectrum import Spectrum
 # Products of a correct operator are symmetric and repeatable to rounding (1e-7 in float32); a dropout mask that changes
 # between products, or batch statistics that move, show as 1e-2 to 1. Lanczos tolerates 1e-3 (density and outliers).
 TOLERANCE = 1e-3
+CHECK_PRODUCTS = 3
 
 
 class ProductCheck(NamedTuple):
@@ -116,6 +117,27 @@ class Measurement(NamedTuple):
     seconds: float
 
 
+class Forecast(NamedTuple):
+    """What a probe will cost.
+
+    Attributes:
+        products: operator products, at most.
+        seconds: from the time of a measured product.
+        basis_bytes: memory of the Lanczos basis, on the operator's device.
+    """
+
+    products: int
+    seconds: float
+    basis_bytes: int
+
+
+def forecast(operator: SymmetricOperator, steps: int, probes: int, seconds_per_product: float) -> Forecast:
+    """The cost of `estimate_spectrum` with these arguments."""
+    steps = min(steps, operator.size)
+    element = torch.empty((), dtype=operator.dtype).element_size()
+    return Forecast(probes * steps, probes * steps * seconds_per_product, steps * operator.size * element)
+
+
 def measure(
     operator: SymmetricOperator,
     *,
@@ -123,9 +145,19 @@ def measure(
     probes: int,
     seed: int,
     check: bool,
+    on_forecast: Callable[[Forecast], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Measurement:
     """`estimate_spectrum`, after a look at whether the operator can be trusted.
+
+    Args:
+        operator: as for `estimate_spectrum`, like ``steps``, ``probes``, ``seed`` and ``on_step``.
+        steps: see there.
+        probes: see there.
+        seed: see there.
+        check: take three products first, and refuse the operator if they aren't those of a symmetric matrix.
+        on_forecast: called after the check with what the rest will cost, from its products' time.
+        on_step: see there.
 
     Raises:
         ValueError: as `estimate_spectrum`; or ``check`` is set and the products are not symmetric or not repeatable.
@@ -150,5 +182,7 @@ def measure(
             f"the curvature product is not a symmetric matrix's: asymmetry {checked.symmetry:.1e}, difference of the same "
             f"product taken twice {checked.repeat:.1e} (both should be below {TOLERANCE:g}). {cause}"
         )
+    if checked is not None and on_forecast is not None:
+        on_forecast(forecast(operator, steps, probes, (time.perf_counter() - begin) / CHECK_PRODUCTS))
     spectrum = estimate_spectrum(operator, steps=steps, probes=probes, seed=seed, on_step=on_step)
     return Measurement(spectrum, checked, time.perf_counter() - begin)

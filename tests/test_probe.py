@@ -85,6 +85,18 @@ def test_check_sees_randomness():
         measure(Restless(symmetric()), steps=10, probes=1, seed=0, check=True)
 
 
+def test_cost_is_forecast_from_the_checks_products():
+    costs = []
+    operator = Matrix(symmetric(60), torch.float32)
+    measure(operator, steps=20, probes=3, seed=0, check=True, on_forecast=costs.append)
+    assert (costs[0].products, costs[0].basis_bytes) == (60, 20 * 60 * 4)
+    assert costs[0].seconds > 0
+    measure(operator, steps=100, probes=1, seed=0, check=True, on_forecast=costs.append)
+    assert costs[1].products == 60  # never more than there are dimensions
+    measure(operator, steps=20, probes=1, seed=0, check=False, on_forecast=costs.append)
+    assert len(costs) == 2
+
+
 def test_reading_survives_saving(tmp_path):
     spectrum = estimate_spectrum(Matrix(symmetric()), steps=40)
     reading = Reading(

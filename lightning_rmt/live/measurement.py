@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.live.batches import CapturedBatch
@@ -16,7 +18,7 @@ from lightning_rmt.live.operators import Curvature, OutputsFn, Product, build_op
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.sharding import unsharded
-from lightning_rmt.probe import Measurement, measure
+from lightning_rmt.probe import Forecast, Measurement, measure
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def measure_live(
                     probes=settings.probes,
                     seed=_mix(settings.seed, step, 0),
                     check=check,
+                    on_forecast=lambda cost: rank_zero_info(_announcement(settings.name, cost)),
                     on_step=on_step,
                 )
             except Exception:
@@ -127,6 +130,13 @@ def measure_live(
                 raise
 
         return LiveMeasurement(ranks.together(run), int(shared.samples), operator.block.names, warnings, notes)
+
+
+def _announcement(name: str, cost: Forecast) -> str:
+    return (
+        f"SpectrumMonitor {name!r}: the first probe takes {cost.products} products, about {cost.seconds:.2g} s, and "
+        f"{cost.basis_bytes / 2**20:.2g} MiB for its basis"
+    )
 
 
 def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
