@@ -61,8 +61,11 @@ class Ranks:
         except Exception as caught:
             error = caught
         ok = self.all_ok(error is None)
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            error = None  # or its traceback's frame would hold it, and with it the graph of the failed probe
         if not ok:
             raise OtherRankFailedError("the probe failed on another rank; its log says why. All ranks skip this one")
         return result  # type: ignore[return-value]

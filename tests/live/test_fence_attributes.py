@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -123,3 +124,43 @@ def test_a_log_that_was_replaced_before_is_put_back():
     with fence(None, module, seed=0):
         assert module.log is not mine
     assert module.log is mine
+
+
+class Averages(NamedTuple):
+    loss: torch.Tensor
+    count: np.ndarray
+
+
+class Slotted:
+    """A running average that keeps its state in slots."""
+
+    __slots__ = ("__hidden", "late", "mean", "seen")
+
+    def __init__(self):
+        self.mean, self.seen, self.__hidden = torch.zeros(2), [], 0
+
+    def update(self):
+        self.mean += 1
+        self.seen.append(1)
+        self.late = True
+        self.__hidden += 1
+
+    def snapshot(self):
+        return self.mean.tolist(), list(self.seen), hasattr(self, "late"), self.__hidden
+
+
+def test_named_tuples_and_slots_are_guarded():
+    module = nn.Linear(1, 1)
+    module.averages, module.meter = Averages(torch.zeros(2), np.zeros(2)), Slotted()
+    averages, meter, mean = module.averages, module.meter, module.meter.mean
+    with fence(None, module, seed=0):
+        assert type(module.averages) is Averages
+        module.averages.loss.add_(1)
+        module.averages.count[:] = 1
+        module.meter.update()
+        assert module.meter.snapshot() == ([1, 1], [1], True, 1)
+    assert module.averages is averages
+    assert averages.loss.tolist() == averages.count.tolist() == [0, 0]
+    assert module.meter is meter
+    assert meter.mean is mean
+    assert meter.snapshot() == ([0, 0], [], False, 0)

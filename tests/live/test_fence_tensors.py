@@ -131,3 +131,15 @@ def test_an_interrupted_first_fence_learns_nothing():
     with fence(None, net, seed=0):
         net.weight.data.mul_(2)
     assert torch.equal(net.weight, before)
+
+
+def test_a_hidden_teacher_that_requires_gradients_is_guarded_every_time():
+    """No optimizer trains it, so that the step moves it itself is no surprise in any fence."""
+    net, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    net.teacher = [teacher]
+    before = teacher.weight.clone()
+    with fence(None, net, seed=0):  # the first one only looks
+        pass
+    with fence(None, net, seed=0), torch.no_grad():
+        teacher.weight.mul_(0.5)
+    assert torch.equal(teacher.weight, before)

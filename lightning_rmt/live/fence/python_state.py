@@ -126,10 +126,10 @@ class _Walk:
         """What stands in for the value inside the fence: itself, or for tensors and arrays a copy."""
         if id(value) in self._seen:
             return self._seen[id(value)][1]
-        if type(value) is tuple:
+        if type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make")):  # a named one
             items = [item if isinstance(item, _CONSTANT) else self._inside(item, depth - 1) for item in value]
             same = all(item is old for item, old in zip(items, value, strict=True))
-            return value if same else tuple(items)
+            return value if same else getattr(value, "_make", tuple)(items)
         inside = value
         self._seen[id(value)] = (value, value)
         if isinstance(value, Tensor):
@@ -145,7 +145,8 @@ class _Walk:
         elif (restore := _generator_restorer(value)) is not None:
             self._undo.callback(restore)
         elif depth > 0 and self._is_own(value):
-            self.namespace(value.__dict__, skip=frozenset(), depth=depth - 1)
+            self.namespace(getattr(value, "__dict__", {}), skip=frozenset(), depth=depth - 1)
+            self._slots(value, depth - 1)
         self._seen[id(value)] = (value, inside)
         return inside
 
@@ -174,6 +175,15 @@ class _Walk:
             if inside is not item:
                 mapping[key] = inside
 
+    def _slots(self, value: Any, depth: int) -> None:
+        names = _slot_names(value.__class__)
+        kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        self._undo.callback(_restore_slots, value, names, kept)
+        for name, item in kept.items():
+            inside = item if isinstance(item, _CONSTANT) else self._inside(item, depth)
+            if inside is not item:
+                object.__setattr__(value, name, inside)
+
     def _to_search(self, items: Iterable[tuple[Any, Any]], count: int, depth: int) -> Iterable[tuple[Any, Any]]:
         if depth <= 0 or count > _SEARCHED_ITEMS:
             return ()
@@ -181,10 +191,10 @@ class _Walk:
 
     def _is_own(self, value: Any) -> bool:
         """Whether this is a plain object of the user's code, say a running average; a module is guarded by itself."""
-        return (
+        return bool(
             not isinstance(value, (nn.Module, torch.optim.Optimizer))
-            and isinstance(getattr(value, "__dict__", None), dict)
             and not isinstance(value, type)
+            and (isinstance(getattr(value, "__dict__", None), dict) or _slot_names(value.__class__))
             and self._own(_package(value))
         )
 
@@ -205,6 +215,26 @@ def _generator_restorer(value: Any) -> Callable[[], Any] | None:
         python_state = value.getstate()
         return lambda: value.setstate(python_state)
     return None
+
+
+@cache
+def _slot_names(kind: Any) -> tuple[str, ...]:
+    """The attributes that a class keeps in ``__slots__``, its bases' included, as they are looked up."""
+    names = []
+    for owner in kind.__mro__:
+        slots = owner.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            private = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{owner.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _restore_slots(value: Any, names: tuple[str, ...], kept: dict[str, Any]) -> None:
+    for name in names:
+        if name in kept:
+            object.__setattr__(value, name, kept[name])
+        elif hasattr(value, name):
+            object.__delattr__(value, name)
 
 
 def _restore_namespace(names: dict[str, Any], kept: dict[str, Any], skip: frozenset[str]) -> None:

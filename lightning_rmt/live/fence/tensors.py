@@ -55,12 +55,15 @@ def parameters(enclosure: Enclosure, undo: ExitStack) -> None:
     all trained ones in their first fence, to find out which these are.
     """
     everything = [p for p in enclosure.parameters() if not is_lazy(p)]
-    trained = sum(p.numel() for p in everything if p.requires_grad)
-    frozen = sum(p.numel() for p in everything if not p.requires_grad)
+    # A teacher that is hidden in a list may forget to switch `requires_grad` off: no optimizer has it all the same.
+    registered = {id(p) for p in enclosure.module.parameters()}
+    is_trained = {id(p): p.requires_grad and id(p) in registered for p in everything}
+    trained = sum(p.numel() for p in everything if is_trained[id(p)])
+    frozen = sum(p.numel() for p in everything if not is_trained[id(p)])
     copy_unknown = {True: True, False: frozen <= _FROZEN_PER_TRAINED * trained}
     for parameter in everything:
-        copied = _overwritten.get(parameter, copy_unknown[parameter.requires_grad])
-        undo.push(_Kept(parameter, copied, enclosure.module))
+        copied = _overwritten.get(parameter, copy_unknown[is_trained[id(parameter)]])
+        undo.push(_Kept(parameter, copied, is_trained[id(parameter)], enclosure.module))
         parameter.grad = None
         parameter._backward_hooks = None
 
@@ -68,8 +71,9 @@ def parameters(enclosure: Enclosure, undo: ExitStack) -> None:
 class _Kept:
     """One parameter as it was; put back on leaving."""
 
-    def __init__(self, parameter: nn.Parameter, copied: bool, module: nn.Module) -> None:
+    def __init__(self, parameter: nn.Parameter, copied: bool, trained: bool, module: nn.Module) -> None:
         self.parameter = parameter
+        self.trained = trained
         self.module = module
         self.requires_grad = parameter.requires_grad
         self.grad = parameter.grad
@@ -92,7 +96,7 @@ class _Kept:
                 memory.copy_(self.values)
                 # Bitwise what a live graph has saved, which must not take offence at the version.
                 self.version_counter.__exit__()
-            if overwritten or (error is None and self.requires_grad):
+            if overwritten or (error is None and self.trained):
                 _overwritten[p] = bool(overwritten)
         elif p._version != self.version:
             _overwritten[p] = True
