@@ -35,7 +35,8 @@ class GradientCovariance(CurvatureOperator):
     is two passes over them and no pass through the network.
 
     Args:
-        loss: as for `Hessian`; a returned weight counts as the micro-batch's number of samples.
+        loss: as for `Hessian`; a returned weight counts as the micro-batch's number of samples, so ten times the
+            weights give about ten times the covariance.
         parameters: as for `Hessian`.
         batches: as for `Hessian`; each is cut along its samples (`micro_batches`).
         microbatch: samples per gradient, at least 1.
@@ -43,7 +44,8 @@ class GradientCovariance(CurvatureOperator):
     Raises:
         TypeError: the loss is not a tensor, or a batch can't be cut.
         ValueError: no batches or parameters, ``microbatch`` below 1, or a loss that is not a finite scalar
-            that depends on the parameters; from a product, fewer than two micro-batches.
+            that depends on the parameters; from a product, fewer than two micro-batches, or weights that average
+            below one per micro-batch.
 
     Example:
         The gradients of ``x * b`` by x are the samples b; their population variance is 2/3.
@@ -98,6 +100,11 @@ class GradientCovariance(CurvatureOperator):
             raise ValueError(
                 "the gradient covariance needs at least two micro-batches, got 1: use a smaller `microbatch` "
                 "or more batches"
+            )
+        if self._total < self._parts:
+            raise ValueError(
+                f"the loss returned weights that sum to {self._total:g} over {self._parts} micro-batches; the gradient "
+                "covariance takes a weight for a number of samples, so scale them to at least one per micro-batch"
             )
         factor = (self._total - 1) / (self.samples * (self._parts - 1))
         for row, weight in zip(self._rows, self._weights, strict=True):  # in place: the rows are the memory

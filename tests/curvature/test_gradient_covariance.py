@@ -74,6 +74,16 @@ def test_weights_of_a_loss_count_as_samples():
     assert torch.allclose(matrix(weighted), matrix(paired), rtol=1e-10, atol=1e-14)
 
 
+def test_weights_that_are_no_numbers_of_samples_are_refused():
+    # Shares that sum to one would give a covariance of exactly zero, smaller ones the root of a negative number.
+    made = cases.build("mlp tanh")
+    (x, y), *_ = made.batches
+    for weight in (1 / len(x), 0.01):
+        operator = GradientCovariance(lambda b, w=weight: (made.loss(b), w), made.parameters, [(x, y)], microbatch=1)
+        with pytest.raises(ValueError, match="number of samples"):
+            matrix(operator)
+
+
 def test_does_not_need_a_second_derivative():
     bag = torch.nn.EmbeddingBag(6, 3).double()
     x = torch.randint(6, (5, 2))
