@@ -42,7 +42,8 @@ class Spectrum:
             only the density and what follows from it.
         size: n, the dimension of the operator.
         products: operator products that were spent.
-        noise: relative rounding error of a product: 2.4e-6 for float32, 4.4e-15 for float64.
+        noise: relative rounding error of a product: 2.4e-6 for float32, 4.4e-15 for float64. An upper end of what was
+            measured, not a bound; residuals and certificates hold as far as it does.
     """
 
     runs: tuple[Tridiagonal, ...]
@@ -109,12 +110,12 @@ class Spectrum:
 
     @cached_property
     def top(self) -> tuple[Level, ...]:
-        """Certified positive eigenvalues, largest first, up to the first that isn't certified."""
+        """Certified positive eigenvalues, largest first, up to the first that isn't certified; a degenerate one once."""
         return _certified_prefix(self._levels)
 
     @cached_property
     def bottom(self) -> tuple[Level, ...]:
-        """Certified negative eigenvalues, most negative first, up to the first that isn't certified."""
+        """Certified negative eigenvalues, most negative first, up to the first that isn't certified; a degenerate one once."""
         mirrored = None if self._levels is None else self._levels.mirrored()
         return tuple(Level(-v.value, v.residual, v.certified) for v in _certified_prefix(mirrored))
 
@@ -137,12 +138,12 @@ class Spectrum:
 
     @cached_property
     def trace(self) -> Estimate:
-        """Trace, with its standard error over start vectors."""
+        """Trace, with its standard error over start vectors and the rounding of products."""
         return moments.trace_estimate(self._quadrature)
 
     @cached_property
     def frobenius(self) -> Estimate:
-        """Frobenius norm, with its standard error over start vectors."""
+        """Frobenius norm, with its standard error over start vectors and the rounding of products."""
         return moments.frobenius_estimate(self._quadrature)
 
     def moment(self, k: int) -> float:
@@ -190,7 +191,10 @@ class Spectrum:
         return self._distribution.at(x)
 
     def cdf_band(self, x: ArrayLike, z: float = 2.0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Bounds on the share of eigenvalues at or below x: rigorous for each probe, widened by z standard errors."""
+        """Bounds on the share of eigenvalues at or below x: rigorous for what a probe sees, widened by z standard errors.
+
+        Measured over many spectra they miss the truth in less than 6 % of the cases at z=2.
+        """
         return band.cdf_bounds(self.runs, self._quadrature, x, z)
 
     def quantile(self, p: float) -> float:
