@@ -115,7 +115,7 @@ class Spectrum:
 
     @cached_property
     def bottom(self) -> tuple[Level, ...]:
-        """Certified negative eigenvalues, most negative first, up to the first that isn't certified; a degenerate one once."""
+        """Certified negative eigenvalues, lowest first, up to the first that isn't certified; a degenerate one once."""
         mirrored = None if self._levels is None else self._levels.mirrored()
         return tuple(Level(-v.value, v.residual, v.certified) for v in _certified_prefix(mirrored))
 
