@@ -1,12 +1,14 @@
 # make demo: set everything up and watch a small network's spectrum; make test: set everything up and run the tests.
+# make bench: set everything up and compare with other libraries, by hand (benchmarks/README.md).
 # Needs Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
 # One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,5 +32,14 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(BENCH_VENV)/.installed: pyproject.toml benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	echo '*' > $(BENCH_VENV)/.gitignore
+	$(BENCH_VENV)/bin/python -m pip install -q -e . -r benchmarks/requirements.txt
+	touch $@
+
+bench: $(BENCH_VENV)/.installed
+	$(THREADS) $(BENCH_VENV)/bin/python benchmarks/peers.py
+
 clean:
-	rm -rf $(VENV) demo_output lightning_logs
+	rm -rf $(VENV) $(BENCH_VENV) demo_output lightning_logs
