@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from lightning_rmt.report.loggers import LoggerReport
 
 FAILURES_IN_A_ROW = 3
 STATE_VERSION = 1
+_NUMBER = re.compile(r"\d[\d.]*(?:e[-+]?\d+)?")
 
 
 class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
@@ -146,6 +148,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._clock: float | None = None
         self._total_steps = math.inf
         self._capture_error: Exception | None = None
+        self._said: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -233,8 +236,12 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             self._try_to_write(reading, lambda: self._report.log_figures(trainer.loggers, reading, self.history))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Drops the batches that no probe came for."""
-        self._collector.take()
+        """Drops the batches that no probe came for, and what would keep the module and its Trainer alive."""
+        self._let_go()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same, since Lightning calls no teardown after an exception."""
+        self._let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values only: checkpoints are read back with ``weights_only=True``."""
@@ -248,14 +255,27 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint left off; one of another version is ignored with a warning."""
-        if state_dict.get("version") != STATE_VERSION:
-            warnings.warn(
-                f"the checkpoint's state of SpectrumMonitor {self.name!r} is of version {state_dict.get('version')}, not "
-                f"{STATE_VERSION}; the monitor starts afresh",
-                stacklevel=2,
-            )
-            return
+        """Goes on where the checkpoint left off; a state of another version, or damaged, is ignored with a warning."""
+        problem = f"is of version {state_dict.get('version')}, not {STATE_VERSION}"
+        if state_dict.get("version") == STATE_VERSION:
+            try:
+                self._restore(state_dict)
+                return
+            except Exception as error:  # whatever a missing key or a wrong type leads to
+                problem = f"can't be read ({type(error).__name__}: {error})"
+                self._start_afresh()
+        warnings.warn(
+            f"the checkpoint's state of SpectrumMonitor {self.name!r} {problem}; the monitor starts afresh",
+            stacklevel=2,
+        )
+
+    def _let_go(self) -> None:
+        self._collector.take()
+        self._capture_error = None
+        for name in ("log", "log_dict"):  # Lightning binds the module's own to every callback, anew for every run
+            self.__dict__.pop(name, None)
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._report.load_state_dict(state_dict["report"])
         self.history = [HistoryEntry.from_dict(entry) for entry in state_dict["history"]]
@@ -274,6 +294,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         try:
             probed = measure_live(trainer, pl_module, self._captured, step, self._settings, check=not self._checked)
         except Exception as error:
+            if self.on_error == "raise":
+                raise
             self._probe_failed(trainer, error)
             return None
         if not self._checked and trainer.is_global_zero:
@@ -311,6 +333,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         )
         self.reading, self.history = None, []
         self._checked, self._failures, self._capture_error = False, 0, None
+        self._said = set()
 
     def _write(self, trainer: Any, reading: Reading) -> None:
         """Saves and logs a reading; where one of the two fails, the other is still done."""
@@ -325,31 +348,44 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            warnings.warn(
-                f"SpectrumMonitor {self.name!r} could not write its reading of step {reading.step}, the training is "
-                f"unaffected: {type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+            reason = f"{type(error).__name__}: {error}"
+            if self._is_new(f"writing: {reason}"):
+                warnings.warn(
+                    f"SpectrumMonitor {self.name!r} could not write its reading of step {reading.step}, the training is "
+                    f"unaffected: {reason} (said once)",
+                    stacklevel=4,
+                )
 
     def _captured(self) -> list[CapturedBatch]:
         """The batches, or what went wrong when they were captured; either is forgotten."""
         error, self._capture_error = self._capture_error, None
         batches = self._collector.take()
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            error = None  # or its traceback's frame would hold it, and with it all that it refers to
         return batches
 
+    def _is_new(self, reason: str) -> bool:
+        """Whether this hasn't been said in this training, be it with other numbers."""
+        key = _NUMBER.sub("#", reason)
+        new = key not in self._said
+        self._said.add(key)
+        return new
+
     def _probe_failed(self, trainer: Any, error: Exception) -> None:
-        """Warns or raises; turns the monitor off after repeated failures."""
-        if self.on_error == "raise":
-            raise error
+        """Warns once for each reason; turns the monitor off after repeated failures, and says so."""
         self._failures += 1
         self._off = self._failures >= FAILURES_IN_A_ROW
         ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
-        if trainer.is_global_zero or not isinstance(error, OtherRankFailedError):  # whose log says why
+        reason = f"{type(error).__name__}: {error}"
+        new = self._is_new(reason)
+        whose = trainer.is_global_zero or not isinstance(error, OtherRankFailedError)  # the other rank's log says why
+        if whose and (new or self._off):
             warnings.warn(
                 f"SpectrumMonitor {self.name!r} could not take its probe after step {current_step(trainer)}, the training "
-                f"is unaffected: {type(error).__name__}: {error}{ending}",
+                f"is unaffected: {reason}{ending}",
                 stacklevel=3,
             )
 
