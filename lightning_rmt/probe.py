@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -161,10 +162,15 @@ def measure(
         on_step: see there.
 
     Raises:
-        ValueError: as `estimate_spectrum`; or ``check`` is set and the products are not symmetric or not repeatable.
+        ValueError: as `estimate_spectrum`; or ``check`` is set and the products are not finite, symmetric and repeatable.
     """
     begin = time.perf_counter()
     checked = check_product(operator, seed) if check else None
+    if checked is not None and not math.isfinite(checked.symmetry + checked.repeat):
+        raise ValueError(
+            "a curvature product is NaN or infinite: an operation of the loss has no finite derivative at its inputs "
+            "(sqrt or norm at zero, say), or the numbers overflow. Give a loss that avoids it with loss_fn="
+        )
     if checked is not None and not checked.ok:
         if checked.repeat <= checked.tolerance:
             cause = (
