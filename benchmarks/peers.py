@@ -410,6 +410,9 @@ def report(store: dict[str, Any]) -> str:
         for name in CONTENDERS:
             rows.append([name, *(_time_cell(times[key]["rows"][name]) for key in keys)])
         lines += table(["", *keys], rows)
+        lines += ["", "Ours with 2 probes over each peer (below 1: ours is faster):", ""]
+        rows = [[name, *(_ratio_cell(times[key]["rows"], name) for key in keys)] for name in list(CONTENDERS)[2:]]
+        lines += table(["", *keys], rows)
         lines.append("")
         for key in keys:
             one = times[key]
@@ -479,6 +482,11 @@ def _time_cell(row: dict[str, Any]) -> str:
     return f"**{row['cpu']:.2f}**{mark} ({low:.2f} to {high:.2f}; {row['wall']:.2f})"
 
 
+def _ratio_cell(rows: dict[str, Any], name: str) -> str:
+    mine, other = (rows[row].get("cpu") for row in (next(iter(CONTENDERS)), name))
+    return format(mine / other, ".2f") if mine and other else ""
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -501,7 +509,10 @@ def save(part: str, key: str | None, value: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=["timing", "outliers", "memory"])
+    parts = ["timing", "outliers", "memory"]
+    parser.add_argument(
+        "--parts", nargs="+", default=parts, choices=[*parts, "report"], help="report: only write again"
+    )
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--steps", type=int, default=20, help="Lanczos steps per start vector")
     parser.add_argument("--repeats", type=int, default=5)
@@ -512,7 +523,7 @@ def main() -> None:
         print(json.dumps(memory_of(arguments.child, arguments.models[0], arguments.steps)))
         return
     for part in arguments.parts:
-        for key in arguments.models if part != "outliers" else [None]:
+        for key in {"outliers": [None], "report": []}.get(part, arguments.models):
             print(f"{part} {key or ''}", flush=True)
             if part == "timing":
                 save(part, key, time_case(key, arguments.steps, arguments.repeats))
@@ -520,6 +531,7 @@ def main() -> None:
                 save(part, key, measure_memory(key, arguments.steps))
             elif part == "outliers":
                 save(part, None, certify())
+    REPORT.write_text(report(load()))
     print(f"wrote {REPORT.name}")
 
 
