@@ -394,6 +394,7 @@ def test_batches_of_any_structure(structure, tmp_path):
     class Structured(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x, y = take(batch)
+            assert x.any()
             loss = F.cross_entropy(self(x.clone()), y)
             x.zero_()  # of no consequence to a probe on a copy that was taken before
             return loss
@@ -406,7 +407,6 @@ def test_batches_of_any_structure(structure, tmp_path):
     watch = monitor(on_error="raise")
     assert differences(train(case, tmp_path, watch), train(case, tmp_path)) == []
     assert steps(watch) == PROBES
-    assert watch.reading.spectrum.lambda_max.value > 0.0  # whereas features of zero leave the biases only
     assert watch.reading.samples == 4
 
 
