@@ -245,7 +245,7 @@ def memory_of(name: str, key: str, steps: int) -> dict[str, Any]:
 
 
 def measure_memory(key: str, steps: int) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {"steps": steps}
     # Small allocations go back to the system at once, so that what a warm-up left behind isn't counted as free.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name in ("gradient", *CONTENDERS):
@@ -465,7 +465,9 @@ def report(store: dict[str, Any]) -> str:
     if store.get("memory"):
         keys = [key for key in CASES if key in store["memory"]]
         lines += ["## Peak memory of a run, MB", ""]
-        lines += ["Growth of the resident high-water mark over what the process held before, a process per figure.", ""]
+        lines += ["Growth of the resident high-water mark over what the process held before, a process per figure."]
+        counts = ", ".join(f"{store['memory'][key].get('steps', 20)} ({key})" for key in keys)
+        lines += [f"Lanczos steps per start: {counts}.", ""]
         rows = []
         for name in ("gradient", *CONTENDERS):
             cells = [store["memory"][key][name] for key in keys]
