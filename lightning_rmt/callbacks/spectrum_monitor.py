@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -30,10 +29,10 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.report.files import save_reading
 from lightning_rmt.report.history import HistoryEntry
 from lightning_rmt.report.loggers import LoggerReport
+from lightning_rmt.report.once import Once
 
 FAILURES_IN_A_ROW = 3
 STATE_VERSION = 1
-_NUMBER = re.compile(r"\d[\d.]*(?:e[-+]?\d+)?")
 
 
 class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
@@ -148,7 +147,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._clock: float | None = None
         self._total_steps = math.inf
         self._capture_error: Exception | None = None
-        self._said: set[str] = set()
+        self._once = Once()
 
     @property
     def state_key(self) -> str:
@@ -333,7 +332,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         )
         self.reading, self.history = None, []
         self._checked, self._failures, self._capture_error = False, 0, None
-        self._said = set()
+        self._once = Once()
 
     def _write(self, trainer: Any, reading: Reading) -> None:
         """Saves and logs a reading; where one of the two fails, the other is still done."""
@@ -349,7 +348,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             if self.on_error == "raise":
                 raise
             reason = f"{type(error).__name__}: {error}"
-            if self._is_new(f"writing: {reason}"):
+            if self._once.is_new(f"writing: {reason}"):
                 warnings.warn(
                     f"SpectrumMonitor {self.name!r} could not write its reading of step {reading.step}, the training is "
                     f"unaffected: {reason} (said once)",
@@ -367,20 +366,13 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             error = None  # or its traceback's frame would hold it, and with it all that it refers to
         return batches
 
-    def _is_new(self, reason: str) -> bool:
-        """Whether this hasn't been said in this training, be it with other numbers."""
-        key = _NUMBER.sub("#", reason)
-        new = key not in self._said
-        self._said.add(key)
-        return new
-
     def _probe_failed(self, trainer: Any, error: Exception) -> None:
         """Warns once for each reason; turns the monitor off after repeated failures, and says so."""
         self._failures += 1
         self._off = self._failures >= FAILURES_IN_A_ROW
         ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
         reason = f"{type(error).__name__}: {error}"
-        new = self._is_new(reason)
+        new = self._once.is_new(reason)
         whose = trainer.is_global_zero or not isinstance(error, OtherRankFailedError)  # the other rank's log says why
         if whose and (new or self._off):
             warnings.warn(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from lightning_rmt.reading import Reading
 from lightning_rmt.report import tensorboard
 from lightning_rmt.report.history import HistoryEntry
+from lightning_rmt.report.once import Once
 from lightning_rmt.report.scalars import caveats, split
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class LoggerReport:
         self.figures_every = figures_every
         self.custom_scalars = custom_scalars
         self._grid: list[float] = []
-        self._said: set[str] = set()
+        self._once = Once()
         self._seen = 0
         self._drawn_step: int | None = None
         self._layout_written = False
@@ -96,12 +96,12 @@ class LoggerReport:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, fit for a checkpoint."""
-        return {"grid": list(self._grid), "said": sorted(self._said), "seen": self._seen}
+        return {"grid": list(self._grid), "said": self._once.said, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`: the same grid, nothing said twice."""
         self._grid = [float(edge) for edge in state["grid"]]
-        self._said = set(state["said"])
+        self._once = Once(state["said"])
         self._seen = int(state["seen"])
 
     def _log_data(self, logger: Any, reading: Reading, values: Mapping[str, float], sentences: Sequence[str]) -> None:
@@ -125,15 +125,9 @@ class LoggerReport:
         said += [("", note) for note in reading.notes]
         about: dict[str, list[str]] = {}
         for tag, sentence in said:
-            key = f"{_NUMBERED.sub('/#', tag)}: {_NUMBER.sub('#', sentence)}"
-            if key not in self._said:
-                self._said.add(key)
+            if self._once.is_new(sentence, tag):
                 about.setdefault(sentence, []).extend([tag] if tag else [])
         return [f"{', '.join(tags)}: {sentence}" if tags else sentence for sentence, tags in about.items()]
-
-
-_NUMBERED = re.compile(r"/\d+$")
-_NUMBER = re.compile(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?")
 
 
 class _Drawn:
