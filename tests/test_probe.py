@@ -133,5 +133,5 @@ def test_reading_survives_saving(tmp_path):
     with pytest.raises(ValueError, match="holds no reading"):
         Reading.load(path)
     path.write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match="not a saved spectrum or reading"):
         Reading.load(path)

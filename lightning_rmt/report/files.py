@@ -56,7 +56,7 @@ def load_run(directory: str | Path) -> dict[str, list[Reading]]:
         try:
             folders.setdefault(path.parent, []).append(Reading.load(path))
         except Exception as error:  # whatever a damaged file makes NumPy, zipfile or JSON raise
-            reason = str(error).removeprefix(f"{path} can't be read: ")
+            reason = str(error).removeprefix(f"{path} is not a saved spectrum or reading: ")
             warnings.warn(f"skipped {path}, which can't be read as a reading: {reason}", stacklevel=2)
     folders = {folder: readings for folder, readings in folders.items() if readings}
     names = [readings[0].name for readings in folders.values()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ def read_arrays(path: str | Path) -> dict[str, NDArray[Any]]:
     """
     with open(path, "rb") as file:
         try:
+            if not zipfile.is_zipfile(file):  # NumPy would advise to allow pickles
+                raise ValueError("it is not an .npz archive, or not a whole one")
+            file.seek(0)
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, Mapping):
-                raise ValueError("it is a single array, not an archive")
             return {name: archive[name] for name in archive}
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise ValueError(f"{path} can't be read: {error}") from error
+            raise ValueError(f"{path} is not a saved spectrum or reading: {error}") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
 from lightning_rmt.spectra import band, density, masses, moments, outliers
+from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.bulk_edge import coefficient_edge
 from lightning_rmt.spectra.density import Atom
 from lightning_rmt.spectra.levels import Level, RitzLevels, ritz_levels
@@ -314,15 +313,7 @@ class Spectrum:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or holds something else, or comes from a newer version.
         """
-        try:
-            with open(path, "rb") as file:
-                archive = np.load(file, allow_pickle=False)
-                if not isinstance(archive, Mapping):
-                    raise ValueError("it is a single array, not an archive")
-                arrays = {name: archive[name] for name in archive}
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise ValueError(f"{path} is not a saved spectrum: {error}") from error
-        return cls.from_arrays(arrays)
+        return cls.from_arrays(read_arrays(path))
 
 
 def _certified_prefix(levels: RitzLevels | None) -> tuple[Level, ...]:
