@@ -194,7 +194,8 @@ def ended(directory: Path, probe: pl.Callback, kind: type[BaseException], words:
     """The fingerprint of a training that ends in an exception; with it, that of the checkpoint it left."""
     directory.mkdir()
     keeper = Keeper(CASE, directory / "interrupted.ckpt")
-    before = signal.getsignal(signal.SIGINT)
+    # A shell without job control starts its background jobs with the signal ignored, and Python leaves it at that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(kind, match=words) as caught:
             train(replace(CASE, trainer=lambda: {"callbacks": [keeper]}), directory, probe)
