@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.loss import refuse_unusable_loss
-from lightning_rmt.live.measurement import ProbeSettings, measure_live
+from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.schedule import Schedule
+from lightning_rmt.live.settings import ProbeSettings
 from lightning_rmt.live.strategies import refuse_untested_strategy
 from lightning_rmt.live.training import (
     current_step,

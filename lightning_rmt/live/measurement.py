@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,30 +13,12 @@ from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence import fence
-from lightning_rmt.live.loss import LossFn
-from lightning_rmt.live.operators import Curvature, OutputsFn, Product, build_operator, hook_notes
+from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.settings import ProbeSettings
 from lightning_rmt.live.sharding import unsharded
 from lightning_rmt.probe import Forecast, Measurement, measure
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """What is measured, and how; the arguments of `SpectrumMonitor` of the same names."""
-
-    curvature: Curvature
-    microbatch: int
-    product: Product
-    parameters: Sequence[str] | None
-    loss_fn: LossFn | None
-    outputs_fn: OutputsFn | None
-    autocast: bool
-    lanczos_steps: int
-    probes: int
-    batches: int
-    seed: int
-    name: str
 
 
 @dataclass(frozen=True)
@@ -94,17 +76,8 @@ def measure_live(
             seed = _mix(settings.seed, step, ranks.rank)
             stack.enter_context(fence(trainer, module, seed=seed, autocast=settings.autocast))
             stack.enter_context(unsharded(module))
-            operator, warnings, notes = build_operator(
-                module,
-                batches,
-                curvature=settings.curvature,
-                microbatch=settings.microbatch,
-                product=settings.product,
-                parameters=settings.parameters,
-                loss_fn=settings.loss_fn,
-                outputs_fn=settings.outputs_fn,
-                autocast=settings.autocast and "mixed" in str(trainer.precision),
-            )
+            mixed = settings.autocast and "mixed" in str(trainer.precision)
+            operator, warnings, notes = build_operator(module, batches, settings, mixed_precision=mixed)
             stack.callback(operator.release)
             return operator, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,9 @@ from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import hooked_parameters, select_parameters
 from lightning_rmt.krylov.lanczos import rounding_noise, start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
-from lightning_rmt.live.loss import LossFn, curvature_loss
+from lightning_rmt.live.loss import curvature_loss
 from lightning_rmt.live.namespaces import MisconfigurationException
-
-Curvature = Literal["hessian", "ggn", "gradient_covariance"]
-Product = Literal["auto", "exact", "finite_difference"]
-OutputsFn = Callable[[Any, Any], "tuple[Any, Callable[[Any], Tensor]]"]
+from lightning_rmt.live.settings import Curvature, OutputsFn, ProbeSettings
 
 
 def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: OutputsFn | None) -> None:
@@ -63,36 +60,26 @@ def refuse_unmatched_parameters(module: Any, parameters: Sequence[str]) -> None:
 def build_operator(
     module: Any,
     captured: Sequence[CapturedBatch],
+    settings: ProbeSettings,
     *,
-    curvature: Curvature,
-    microbatch: int,
-    product: Product,
-    parameters: Sequence[str] | None,
-    loss_fn: LossFn | None,
-    outputs_fn: OutputsFn | None,
-    autocast: bool = False,
+    mixed_precision: bool,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     """The operator on this rank's batches, what to warn of about it, and sentences to keep with what it shows.
 
     Args:
         module: the LightningModule, fenced and (if it was sharded) gathered.
         captured: this rank's curvature batches, at least one.
-        curvature: which matrix.
-        microbatch: samples per gradient of the gradient covariance.
-        product: ``"auto"`` tries double backward once and falls back to finite differences where an operation has no
-            second derivative; its ``check`` has then been passed.
-        parameters: name globs, or None for all trainable ones.
-        loss_fn: the user's loss, or None.
-        outputs_fn: the user's outputs and loss for the Gauss-Newton matrix, or None.
-        autocast: whether the fence computes in mixed precision.
+        settings: which matrix of which parameters, and its product: ``"auto"`` tries double backward once and falls back
+            to finite differences, which check themselves, where an operation has no second derivative.
+        mixed_precision: whether the fence computes in it.
 
     Raises:
         CurvatureError: the product can't be had; the message says what to do.
         ValueError: the loss or the parameters are unusable.
     """
-    chosen = select_parameters(module.named_parameters(), parameters)
-    operator, fallback, notes = _operator(module, chosen, captured, curvature, microbatch, product, loss_fn, outputs_fn)
-    if autocast:  # the parameters' dtype doesn't tell
+    chosen = select_parameters(module.named_parameters(), settings.parameters)
+    operator, fallback, notes = _operator(module, chosen, captured, settings)
+    if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     return operator, (*fallback, *_warnings(operator)), notes
 
@@ -101,26 +88,22 @@ def _operator(
     module: Any,
     chosen: list[tuple[str, Tensor]],
     captured: Sequence[CapturedBatch],
-    curvature: Curvature,
-    microbatch: int,
-    product: Product,
-    loss_fn: LossFn | None,
-    outputs_fn: OutputsFn | None,
+    settings: ProbeSettings,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
-    if curvature == "ggn":
-        return _gauss_newton(module, chosen, captured, outputs_fn), (), ()
-    loss = curvature_loss(module, loss_fn)
-    if curvature == "gradient_covariance":
-        return GradientCovariance(loss, chosen, captured, microbatch), (), ()
-    if product == "finite_difference":
+    if settings.curvature == "ggn":
+        return _gauss_newton(module, chosen, captured, settings.outputs_fn), (), ()
+    loss = curvature_loss(module, settings.loss_fn)
+    if settings.curvature == "gradient_covariance":
+        return GradientCovariance(loss, chosen, captured, settings.microbatch), (), ()
+    if settings.product == "finite_difference":
         operator, note = _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
         return operator, (), (note,)
     try:
         hessian = Hessian(loss, chosen, captured)
-        if product == "auto":
+        if settings.product == "auto":
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here
     except SecondDerivativeError as error:
-        if product == "exact":
+        if settings.product == "exact":
             raise
         why = f"PyTorch has no second derivative of {error.operation}"
         try:

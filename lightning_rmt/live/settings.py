@@ -1,0 +1,33 @@
+"""What a probe is to measure, as one value that goes from the callback to the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_rmt.live.loss import LossFn
+
+Curvature = Literal["hessian", "ggn", "gradient_covariance"]
+Product = Literal["auto", "exact", "finite_difference"]
+OutputsFn = Callable[[Any, Any], "tuple[Any, Callable[[Any], Tensor]]"]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is measured, and how; the arguments of `SpectrumMonitor` of the same names."""
+
+    curvature: Curvature
+    microbatch: int
+    product: Product
+    parameters: Sequence[str] | None
+    loss_fn: LossFn | None
+    outputs_fn: OutputsFn | None
+    autocast: bool
+    lanczos_steps: int
+    probes: int
+    batches: int
+    seed: int
+    name: str
