@@ -5,14 +5,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from lightning_rmt.krylov.lanczos import SymmetricOperator, lanczos, rounding_noise, start_vector
+from lightning_rmt.krylov.lanczos import (
+    Basis,
+    SymmetricOperator,
+    lanczos_lockstep,
+    product_noise,
+    start_vector,
+)
+from lightning_rmt.krylov.tridiagonal import Tridiagonal
 from lightning_rmt.spectra.spectrum import Spectrum
 
 CHECK_PRODUCTS = 3
+#: Steps from one look to the next whether the whole spectrum has been seen: a look is a collective where there are ranks.
+LOOK_EVERY = 8
+
+
+class Until(Protocol):
+    """A rule that ends probes early; see ``spectra/stopping.py``."""
+
+    @property
+    def every(self) -> int:
+        """Steps from one look to the next."""
+
+    def __call__(self, runs: tuple[Tridiagonal, ...], /) -> bool:
+        """Whether the runs may end here."""
 
 
 class ProductCheck(NamedTuple):
@@ -36,11 +56,6 @@ class ProductCheck(NamedTuple):
         return self.symmetry <= self.tolerance and self.repeat <= self.tolerance
 
 
-def product_noise(operator: SymmetricOperator) -> float:
-    """Relative error of the operator's products: its own ``noise`` attribute, or rounding in its dtype."""
-    return float(getattr(operator, "noise", rounding_noise(operator.dtype)))
-
-
 def check_product(operator: SymmetricOperator, seed: int = 0) -> ProductCheck:
     """Takes three products to see whether the operator is symmetric and gives the same product twice."""
     u = start_vector(operator, seed)
@@ -61,18 +76,24 @@ def estimate_spectrum(
     steps: int = 100,
     probes: int = 1,
     seed: int = 0,
+    basis: Basis = "full",
+    until: Until | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Spectrum:
     """Measures the spectrum of a symmetric operator by Lanczos from random start vectors.
 
     The first probe is reorthogonalised (its basis takes steps * n elements) and gives eigenvalues and counts; further
-    probes keep three vectors only and sharpen what is a sum over the spectrum: density, trace, norm.
+    probes keep three vectors only and sharpen what is a sum over the spectrum: density, trace, norm. All go in lockstep,
+    so that every step is one ``matmat``.
 
     Args:
         operator: anything with ``size``, ``device``, ``dtype`` and ``matmat``; see ``curvature/``.
         steps: Lanczos steps of each probe, at most ``operator.size`` are made.
         probes: random start vectors.
         seed: of the start vectors; the same on all ranks.
+        basis: what the first probe keeps. ``"half"`` (bfloat16) and ``"none"`` save memory and give no eigenvalues.
+        until: ends the probes before ``steps``; see ``spectra/stopping.py``. None: they end early only where the operator's
+            whole spectrum has been seen.
         on_step: called with the number of products queued so far.
 
     Returns:
@@ -92,17 +113,25 @@ def estimate_spectrum(
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    runs, queued = [], 0
+    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
+    taken = 0
 
     def count(step: int) -> None:
+        nonlocal taken
+        taken = probes * step
         if on_step is not None:
-            on_step(queued + step)
+            on_step(taken)
 
-    for probe in range(probes):
-        start = start_vector(operator, seed + 7919 * probe)
-        runs.append(lanczos(operator, start, steps, reorthogonalise=probe == 0, on_step=count))
-        queued += min(steps, operator.size)
-    return Spectrum(tuple(runs), operator.size, products=queued, noise=product_noise(operator))
+    def ended(runs: tuple[Tridiagonal, ...]) -> bool:
+        return agree(all(run.exhausted for run in runs) or (until is not None and until(runs)))
+
+    starts = [start_vector(operator, seed + 7919 * probe) for probe in range(probes)]
+    others: list[Basis] = ["none"] * (probes - 1)
+    every = LOOK_EVERY if until is None else until.every
+    runs = lanczos_lockstep(
+        operator, starts, steps, bases=[basis, *others], stop=ended, look_every=every, on_step=count
+    )
+    return Spectrum(runs, operator.size, products=taken, noise=product_noise(operator))
 
 
 class Measurement(NamedTuple):

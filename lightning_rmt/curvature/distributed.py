@@ -107,6 +107,10 @@ class RankSum:
         """Product with one vector of shape (size,); see `matmat`."""
         return self.matmat(v.unsqueeze(0)).squeeze(0)
 
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank, in one small all-reduce: what ends a run must end it everywhere."""
+        return bool(self._sum(torch.tensor(int(flag)), dist.ReduceOp.MIN).item())
+
     def release(self) -> None:
         """Releases the local operator."""
         self.operator.release()

@@ -83,6 +83,8 @@ class CurvatureOperator(ABC):
             raise ValueError(f"V must be {self.dtype} on {self.device}, got {V.dtype} on {V.device}")
         if self._released:
             raise RuntimeError(f"this {type(self).__name__} was released: its graphs are gone; build a new one")
+        if V.shape[0] == 0:
+            return torch.empty_like(V)
         with differentiable():  # a checkpoint recomputes its forward pass in here
             product = self._matmat(V.detach())
         self.products += V.shape[0]
@@ -94,9 +96,17 @@ class CurvatureOperator(ABC):
             raise ValueError(f"v must have shape ({self.size},), got {tuple(v.shape)}")
         return self.matmat(v.unsqueeze(0)).squeeze(0)
 
+    def compare_routes(self, rows: int) -> bool:
+        """Finds out which way of taking ``rows`` products is faster, where there are several; see `Hessian`.
+
+        Returns:
+            Whether products at once are faster: False here, where there is one way only.
+        """
+        return False
+
     @abstractmethod
     def _matmat(self, V: Tensor) -> Tensor:
-        """Products with the rows of a detached ``V`` of the right shape, dtype and device."""
+        """Products with the rows of a detached ``V`` of the right shape, dtype and device; at least one row."""
 
     def release(self) -> None:
         """Frees what products need, such as graphs with their activations; no product is possible after."""

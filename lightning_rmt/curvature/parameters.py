@@ -65,15 +65,15 @@ class ParameterBlock:
         """Cuts a flat vector of shape (size,) into a tensor per parameter, in its shape, dtype and device."""
         return [part.view(p.shape).to(p) for part, p in zip(flat.split(self.sizes), self.tensors, strict=True)]
 
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Joins a tensor (or None, for zeros) per parameter into a new vector of shape (size,)."""
+    def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+        """Joins a tensor (or None, for zeros) per parameter into a vector of shape (size,): a new one, or ``out``."""
         parts = [
             torch.zeros(size, dtype=self.dtype, device=self.device)
             if tensor is None
             else tensor.reshape(-1).to(device=self.device, dtype=self.dtype)
             for size, tensor in zip(self.sizes, tensors, strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, out=out)
 
 
 def select_parameters(

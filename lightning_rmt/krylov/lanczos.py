@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_rmt.krylov.reductions import inner_products, norm
+from lightning_rmt.krylov.coefficients import Coefficients
+from lightning_rmt.krylov.reductions import inner_products, norm, subtract_combination
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
+
+#: What a run keeps of its basis: every vector in the operator's dtype; in bfloat16; or none but the last two.
+Basis = Literal["full", "half", "none"]
+
+#: Whether a run may end, from the tridiagonal matrices so far, one for each start vector.
+StopRule = Callable[[tuple[Tridiagonal, ...]], bool]
 
 
 class SymmetricOperator(Protocol):
@@ -40,6 +49,11 @@ def rounding_noise(dtype: torch.dtype) -> float:
     return min(20 * torch.finfo(dtype).eps, 0.05)
 
 
+def product_noise(operator: SymmetricOperator) -> float:
+    """Relative error of the operator's products: its own ``noise`` attribute, or rounding in its dtype."""
+    return float(getattr(operator, "noise", rounding_noise(operator.dtype)))
+
+
 def start_vector(operator: SymmetricOperator, seed: int) -> Tensor:
     """Random unit vector of shape (n,), uniform on the sphere.
 
@@ -59,16 +73,7 @@ def lanczos(
     reorthogonalise: bool = True,
     on_step: Callable[[int], None] | None = None,
 ) -> Tridiagonal:
-    """Runs Lanczos from ``start`` (Golub and Van Loan, 4th ed., section 10.1).
-
-    With ``reorthogonalise`` every new vector is orthogonalised against the whole basis by classical Gram-Schmidt, twice
-    (CGS2; Giraud et al. 2005): two matrix products a pass, and no copies of converged eigenvalues. Memory: steps * n
-    elements. Without, three vectors are kept; the quadrature stays right, but the Ritz values may hold copies.
-
-    Coefficients stay on the operator's device until the end, so nothing in the loop waits for it. An invariant subspace
-    (residual at rounding level) can therefore not stop the loop: from there on the vectors are zero, and the
-    coefficients are cut off afterwards. Vectors are rescaled by a power of two, found in the first product, so the run
-    for c*H is that for H exactly as long as c is one, and to rounding for any other c, whatever its size.
+    """Runs Lanczos from one start vector: `lanczos_lockstep` with a full basis, or with none.
 
     Args:
         operator: see `SymmetricOperator`.
@@ -83,57 +88,124 @@ def lanczos(
     Raises:
         ValueError: ``steps`` or the shape of ``start`` is wrong, or the operator returned NaN or infinity.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     if start.shape != (operator.size,):
         raise ValueError(f"start must have shape ({operator.size},), got {tuple(start.shape)}")
+    bases: tuple[Basis] = ("full" if reorthogonalise else "none",)
+    return lanczos_lockstep(operator, [start], steps, bases=bases, on_step=on_step)[0]
+
+
+def lanczos_lockstep(
+    operator: SymmetricOperator,
+    starts: Sequence[Tensor],
+    steps: int,
+    *,
+    bases: Sequence[Basis],
+    stop: StopRule | None = None,
+    look_every: int = 1,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[Tridiagonal, ...]:
+    """Runs Lanczos from k start vectors side by side, so that each step is one ``matmat`` (Golub and Van Loan, 10.1).
+
+    The three-term recurrence makes a new vector orthogonal to the last two, and for a symmetric operator to all before
+    them up to rounding. With a basis one pass of classical Gram-Schmidt against the whole of it then removes what rounding
+    left (two matrix products), and no copies of converged eigenvalues appear. The recurrence stands for the first of the
+    two passes that are enough (Giraud et al. 2005): on spectra over up to twelve decades both orders leave the basis
+    orthogonal to the same digit. A product that isn't symmetric to rounding (``noise``) gets a second pass, since there the
+    recurrence leaves more than rounding behind. Without a basis the quadrature stays right, but Ritz values may hold copies;
+    with one in bfloat16 they come late, but can come.
+
+    Nothing in the loop waits for the device (see `Coefficients` for how ``stop`` looks). An invariant subspace (residual at
+    rounding level) can therefore not end the loop: from there on the vectors are zero, and the coefficients are cut off
+    afterwards. Products are rescaled by a power of two, found in the first one, so a run for c*H is that for H exactly as
+    long as c is one, and to rounding for any other c, whatever its size.
+
+    Args:
+        operator: see `SymmetricOperator`.
+        starts: k vectors of shape (n,), unit norm, the operator's dtype and device. They are not modified.
+        steps: products per start, at least 1; at most n are made.
+        bases: what each run keeps. Memory: steps * n elements for a basis, and some five vectors for a run.
+        stop: whether to end the run.
+        look_every: steps from one look of ``stop`` to the next; on a GPU it sees the coefficients of the look before.
+        on_step: called on the host with the number of steps queued so far.
+
+    Returns:
+        One tridiagonal matrix per start.
+
+    Raises:
+        ValueError: ``steps`` is below 1, or the operator returned NaN or infinity.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     steps = min(steps, operator.size)
-    device, dtype = operator.device, operator.dtype
-    alpha = torch.zeros(steps, dtype=torch.float64, device=device)
-    beta = torch.zeros(steps, dtype=torch.float64, device=device)
-    largest = torch.zeros((), dtype=torch.float64, device=device)
-    basis = torch.empty(steps if reorthogonalise else 0, operator.size, dtype=dtype, device=device)
-    scale = torch.ones((), dtype=dtype, device=device)
-
-    q, previous = start, torch.zeros_like(start)
-    for j in range(steps):
-        w = operator.matmat(q[None])[0]
-        if j == 0:
-            scale = _power_of_two(w)
-        w = w / scale
-        if reorthogonalise:
-            basis[j] = q
-            w, alpha[j] = _orthogonalise(w, basis[: j + 1])
-        else:
-            alpha[j] = inner_products(q[None], w)[0]
-            w = w - alpha[j].to(dtype) * q
-            if j:
-                w = w - beta[j - 1].to(dtype) * previous
-        residual = norm(w)
-        largest = torch.maximum(largest, torch.maximum(alpha[j].abs(), residual))
-        # NaN compares false, so it is carried on and refused at the end.
-        invariant = residual <= rounding_noise(dtype) * largest
-        beta[j] = torch.where(invariant, 0.0, residual)
-        previous, q = q, torch.where(invariant, 0.0, w / residual).to(dtype)
+    coefficients = Coefficients(len(starts), steps, operator.device)
+    passes = 1 if product_noise(operator) <= rounding_noise(operator.dtype) else 2
+    runs = [_Run(start, steps, basis, passes) for start, basis in zip(starts, bases, strict=True)]
+    taken = 0
+    while taken < steps:
+        vectors = runs[0].q[None] if len(runs) == 1 else torch.stack([run.q for run in runs])
+        products = operator.matmat(vectors)
+        for i, (run, product) in enumerate(zip(runs, products, strict=True)):
+            if taken == 0:
+                coefficients.scale[i] = run.rescale(product)
+            coefficients.values[0, i, taken], coefficients.values[1, i, taken] = run.advance(product, taken)
+        del products  # before the next ones need the memory
+        taken += 1
         if on_step is not None:
-            on_step(j + 1)
-
-    coefficients = (torch.stack([alpha, beta]) * scale.double()).cpu().numpy()  # the run's only synchronisation
-    ends = (coefficients[1] == 0.0).nonzero()[0]
-    used = int(ends[0]) + 1 if ends.size else steps
-    return Tridiagonal(coefficients[0, :used], coefficients[1, :used], reorthogonalise)
-
-
-def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Removes the basis from ``w`` twice; also returns the total coefficient on the last basis vector (alpha)."""
-    first = inner_products(basis, w)
-    w = torch.addmv(w, basis.T, first.to(w.dtype), alpha=-1)
-    second = inner_products(basis, w)
-    w = torch.addmv(w, basis.T, second.to(w.dtype), alpha=-1)
-    return w, first[-1] + second[-1]
+            on_step(taken)
+        if stop is not None and taken % look_every == 0 and taken < steps:
+            seen = coefficients.look(taken)
+            if seen.shape[2] and (not np.isfinite(seen).all() or stop(_tridiagonals(seen, bases))):
+                break
+    return _tridiagonals(coefficients.all()[:, :, :taken], bases)
 
 
-def _power_of_two(w: Tensor) -> Tensor:
-    """The power of two just above the largest entry of ``w``, as a scalar tensor; 1 where ``w`` is zero."""
-    exponent = torch.frexp(w.abs().amax()).exponent
-    return torch.ldexp(torch.ones((), dtype=w.dtype, device=w.device), exponent)
+class _Run:
+    """One run's vectors: the newest one (q), the one before, and the basis they belong to."""
+
+    def __init__(self, start: Tensor, steps: int, basis: Basis, passes: int) -> None:
+        dtype = torch.bfloat16 if basis == "half" else start.dtype
+        self.q, self._previous, self._w = start.clone(), torch.zeros_like(start), torch.empty_like(start)
+        self._basis = start.new_empty(0 if basis == "none" else steps, start.numel(), dtype=dtype)
+        self._passes = passes
+        self._beta = start.new_zeros((), dtype=torch.float64)
+        self._largest = self._beta
+        self._scale = start.new_ones(())
+
+    def rescale(self, product: Tensor) -> Tensor:
+        """Makes the power of two just above the largest entry of the first product the unit; 1 where that is zero."""
+        exponent = torch.frexp(product.abs().amax()).exponent
+        self._scale = torch.ldexp(torch.ones_like(self._scale), exponent)
+        return self._scale
+
+    def advance(self, product: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Takes the next step from the product with q; returns alpha and beta, float64 scalars on the device."""
+        q, w = self.q, self._w
+        torch.div(product, self._scale, out=w)
+        alpha = inner_products(q[None], w)[0]
+        w.addcmul_(q, alpha.to(w.dtype), value=-1).addcmul_(self._previous, self._beta.to(w.dtype), value=-1)
+        if self._basis.shape[0]:
+            self._basis[step] = q
+            rows = self._basis[: step + 1]
+            for _ in range(self._passes):
+                left = inner_products(rows, w)
+                subtract_combination(w, rows, left)
+                alpha = alpha + left[-1]
+        residual = norm(w)
+        self._largest = torch.maximum(self._largest, torch.maximum(alpha.abs(), residual))
+        # NaN compares false, so it is carried on and refused at the end.
+        invariant = residual <= rounding_noise(w.dtype) * self._largest
+        self._beta = torch.where(invariant, 0.0, residual)
+        torch.mul(w, torch.where(invariant, 0.0, residual.reciprocal()), out=self._previous)
+        self.q, self._previous = self._previous, q
+        return alpha, self._beta
+
+
+def _tridiagonals(coefficients: NDArray[np.float64], bases: Sequence[Basis]) -> tuple[Tridiagonal, ...]:
+    """The runs so far, each up to its first vanishing beta."""
+    found = []
+    for i, basis in enumerate(bases):
+        alpha, beta = coefficients[:, i]
+        ends = np.flatnonzero(beta == 0.0)
+        used = int(ends[0]) + 1 if ends.size else alpha.size
+        found.append(Tridiagonal(alpha[:used], beta[:used], basis == "full"))
+    return tuple(found)
