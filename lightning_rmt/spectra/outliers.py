@@ -38,7 +38,8 @@ NEAR_DEGENERATE = 1e-3
 CONVERGED_RESIDUAL = 1e-4
 #: A quadrature node of weight w stands for about this many levels times n w.
 LEVELS_PER_WEIGHT = 0.25
-#: With fewer Lanczos steps a group may still be incomplete: the count is a lower bound.
+#: With fewer Lanczos steps a group may still be incomplete: the count is a lower bound, unless all levels that it is judged
+#: by are resolved.
 STEPS_FOR_COUNT = 100
 
 
@@ -269,7 +270,8 @@ def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap
 
 
 def _above_gap(levels: RitzLevels, gap: _Gap, sign: int) -> OutlierSide:
-    at_least = levels.steps is not None and levels.steps < STEPS_FOR_COUNT and not levels.complete
+    resolved = levels.resolved_high >= gap.levels + 1 + FOLLOWERS
+    at_least = levels.steps is not None and levels.steps < STEPS_FOR_COUNT and not (levels.complete or resolved)
     if gap.multiplicity > 1:
         words = (
             f"{_number(gap.levels, at_least)} above a (near-)degenerate level (multiplicity >= {gap.multiplicity:.0f})"

@@ -286,7 +286,13 @@ class TestWords:
         side = spectrum_of(TestSeveralProbes.GROUP, 100).outliers.high
         assert side.verdict.startswith("9 outliers: gap x5.00 = 15.0 local spacings")
         assert "next eigenvalue 1 " in side.verdict
-        assert spectrum_of(TestSeveralProbes.GROUP, 60).outliers.high.verdict.startswith(">= 9 outliers")
+
+    def test_a_short_run_gives_a_lower_bound_unless_the_levels_behind_the_gap_are_all_resolved(self):
+        counts = {steps: spectrum_of(TestSeveralProbes.GROUP, steps) for steps in (32, 60)}
+        resolved = {steps: spectrum._levels.resolved_high for steps, spectrum in counts.items()}
+        assert 9 < resolved[32] < 20 <= resolved[60]
+        assert counts[32].outliers.high.verdict.startswith(">= 9 outliers")
+        assert counts[60].outliers.high.verdict.startswith("9 outliers")
 
     def test_a_likely_gap_carries_its_probability(self):
         side = outliers_of_eigenvalues(group_above_power_law(1000, 1.0, lowest=1.9, growth=1.05)).high
