@@ -52,16 +52,18 @@ def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every:
         readings: sorted by step, at least one.
         folder: made if missing.
         file_format: ``"png"``, ``"pdf"`` or ``"svg"``.
-        every: draw the spectrum of every so many readings besides the first and the last; None: about six in all.
+        every: draw the spectrum of every so many full readings besides the first and the last; None: about six in all.
     """
     from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure, spectrum_figure
     from lightning_rmt.report.history import HistoryEntry
 
     history = [HistoryEntry.from_reading(reading) for reading in readings]
-    every = every or -(-len(readings) // 5)
-    chosen = sorted({*range(0, len(readings), every), len(readings) - 1})
-    figures = {f"spectrum_step_{readings[i].step:08d}": spectrum_figure(readings[i]) for i in chosen}
-    figures["spectrum_over_time"] = heat_map_figure(history)
+    full = [reading for reading in readings if not reading.light]
+    every = every or -(-len(full) // 5) or 1
+    chosen = sorted({*range(0, len(full), every), len(full) - 1}) if full else []
+    figures = {f"spectrum_step_{full[i].step:08d}": spectrum_figure(full[i]) for i in chosen}
+    if full:
+        figures["spectrum_over_time"] = heat_map_figure(history)
     figures["eigenvalues_over_time"] = outliers_over_time_figure(history)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -176,6 +176,7 @@ def measure(
     probes: int,
     seed: int,
     check: bool,
+    until: Until | None = None,
     on_forecast: Callable[[Forecast], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Measurement:
@@ -187,6 +188,7 @@ def measure(
         probes: see there.
         seed: see there.
         check: take three products first, and refuse the operator if they aren't those of a symmetric matrix.
+        until: see there.
         on_forecast: called after the check with what the rest will cost, from its products' time.
         on_step: see there.
 
@@ -220,5 +222,5 @@ def measure(
         )
     if checked is not None and on_forecast is not None:
         on_forecast(forecast(operator, steps, probes, (time.perf_counter() - begin) / CHECK_PRODUCTS))
-    spectrum = estimate_spectrum(operator, steps=steps, probes=probes, seed=seed, on_step=on_step)
+    spectrum = estimate_spectrum(operator, steps=steps, probes=probes, seed=seed, until=until, on_step=on_step)
     return Measurement(spectrum, checked, time.perf_counter() - begin)

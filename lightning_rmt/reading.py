@@ -32,6 +32,8 @@ class Reading:
         symmetry_error: ``|u'Hv - v'Hu| / |Hu|`` with random u and v along Hu; None where it wasn't tested.
         repeat_error: relative difference of the same product taken twice; None where it wasn't tested.
         notes: sentences for the user: what was refused or looks wrong, and why.
+        speed: ``"full"``, or ``"light"``: the probe ended once the outermost eigenvalues were certified, and nothing else of
+            its spectrum should be relied on.
     """
 
     step: int
@@ -47,6 +49,12 @@ class Reading:
     symmetry_error: float | None = None
     repeat_error: float | None = None
     notes: tuple[str, ...] = ()
+    speed: str = "full"
+
+    @property
+    def light(self) -> bool:
+        """Whether this is a light reading."""
+        return self.speed == "light"
 
     @property
     def sharpness_times_lr(self) -> float | None:

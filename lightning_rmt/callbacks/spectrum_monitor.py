@@ -15,8 +15,8 @@ from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
-from lightning_rmt.live.schedule import Schedule
-from lightning_rmt.live.settings import ProbeSettings
+from lightning_rmt.live.schedule import Decision, Schedule, Speed
+from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.strategies import refuse_untested_strategy
 from lightning_rmt.live.training import (
     current_step,
@@ -31,9 +31,10 @@ from lightning_rmt.report.files import save_reading
 from lightning_rmt.report.history import HistoryEntry
 from lightning_rmt.report.loggers import LoggerReport
 from lightning_rmt.report.once import Once
+from lightning_rmt.report.scalars import TOP
 
 FAILURES_IN_A_ROW = 3
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
@@ -49,17 +50,24 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     logged; the reason is, once. Every reading is saved below the run's log directory:
     ``python -m lightning_rmt plot RUN_DIRECTORY`` draws them, ``Spectrum.load`` reads one.
 
-    After a probe, `reading` holds the last reading, and `history` one light record per probe.
+    Probes come at two speeds. A *full* one shows all of this and ends once outlier counts and edges have settled, at the
+    latest after ``lanczos_steps`` products. Between those, *light* ones follow the largest eigenvalues: they end as soon as
+    ``lambda_max`` and the outliers are certified, mostly after a fifth of the products, and log what they certified.
+
+    After a probe, `reading` holds the last full reading, `light_reading` the last light one, and `history` a short record
+    of every probe.
 
     Args:
-        every_n_steps: probe at every multiple of this number of optimizer steps, the first one after step 0. None: as
-            often as ``max_overhead`` allows.
+        every_n_steps: full probe at every multiple of this number of optimizer steps, the first one after step 0. None: as
+            often as ``max_overhead`` allows, which goes in halves to full probes and to light ones between them.
+        light_every_n_steps: with ``every_n_steps``, a light probe at every multiple of this number between the full ones;
+            it must divide ``every_n_steps``. None: no light probes there.
         max_overhead: share of the training time that the probes may take, if ``every_n_steps`` is None. It is kept over
             the whole training, as long as ``max_epochs``, ``max_steps`` or ``max_time`` say it is; early on, and in a
             training that ends before that, it may be up to four times as much.
         curvature: ``"hessian"``, ``"ggn"`` (Gauss-Newton; needs ``outputs_fn`` or the module's ``curvature_outputs``) or
             ``"gradient_covariance"`` (of one sample's gradient; see ``microbatch``).
-        lanczos_steps: products per probe. 100 resolve most outliers; 50 are often enough with a few large ones.
+        lanczos_steps: products per probe, at most. 100 resolve most outliers; 50 are often enough with a few large ones.
         probes: random start vectors. One carries its own error bars; more make density and trace sharper.
         batches: curvature batches per probe and rank, collected over the steps before it.
         loss_fn: function of (module, batch) that returns the loss, or (loss, weight). None: the module's
@@ -77,7 +85,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         name: prefix of the tags, and the folder of the saved readings; several monitors need different ones.
         on_error: ``"warn"``: a probe that fails is a warning, and the monitor turns itself off after three in a row;
             ``"raise"``: it raises, with the module restored.
-        figures_every: draw figures for every n-th reading (and the first and the last); 0 for none.
+        figures_every: draw figures for every n-th full reading (and the first and the last); 0 for none.
         custom_scalars: also write a layout for TensorBoard's custom scalars tab, with lambda_max and 2/lr in one chart.
             It replaces a layout of your own.
 
@@ -95,6 +103,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self,
         *,
         every_n_steps: int | None = None,
+        light_every_n_steps: int | None = None,
         max_overhead: float = 0.05,
         curvature: Literal["hessian", "ggn", "gradient_covariance"] = "hessian",
         lanczos_steps: int = 100,
@@ -115,7 +124,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         _at_least_one(lanczos_steps=lanczos_steps, probes=probes, batches=batches, microbatch=microbatch)
-        _validate(every_n_steps, max_overhead, parameters, seed, name)
+        _validate(every_n_steps, light_every_n_steps, max_overhead, parameters, seed, name)
         _choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
         _choose("product", product, ("auto", "exact", "finite_difference"))
         _choose("on_error", on_error, ("warn", "raise"))
@@ -138,11 +147,13 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.name = name
         self.on_error = on_error
         self.reading: Reading | None = None
+        self.light_reading: Reading | None = None
         self.history: list[HistoryEntry] = []
-        self._schedule = Schedule(every_n_steps, max_overhead, batches)
+        self._schedule = Schedule(every_n_steps, max_overhead, batches, light_every_n_steps)
         self._collector = BatchCollector(batches)
         self._report = LoggerReport(figures_every=figures_every, custom_scalars=custom_scalars)
         self._checked = False
+        self._learned: Learned | None = None
         self._failures = 0
         self._off = False
         self._clock: float | None = None
@@ -193,11 +204,11 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         """Checks what depends on the accumulation and on the parameters' names, and starts the clock."""
         if current_step(trainer) == 0:
             self._start_afresh()
-        every = self._schedule.every_n_steps
+        every = self._schedule.light_every_n_steps or self._schedule.every_n_steps
         if every is not None and self._schedule.window(trainer.accumulate_grad_batches) > every:
             raise MisconfigurationException(
                 f"{self._schedule.batches} curvature batches don't fit into {every} steps of "
-                f"{trainer.accumulate_grad_batches} batches: make every_n_steps larger or batches smaller"
+                f"{trainer.accumulate_grad_batches} batches: make (light_)every_n_steps larger or batches smaller"
             )
         if self.parameters is not None:
             refuse_unmatched_parameters(pl_module, self.parameters)
@@ -221,12 +232,15 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         now = time.perf_counter()
         if self._clock is not None:
             self._schedule.stepped(now - self._clock)
-        if self._schedule.due(step, trainer.accumulate_grad_batches) or on_last_batch_of_fast_dev_run(trainer):
-            recurring = self._take(trainer, pl_module, step)
-            self._schedule.probed(step, time.perf_counter() - now, recurring)
+        speed = self._schedule.due(step, trainer.accumulate_grad_batches)
+        if speed is None and on_last_batch_of_fast_dev_run(trainer):
+            speed = "full"
+        if speed is not None:
+            recurring = self._take(trainer, pl_module, step, speed)
+            self._schedule.probed(step, time.perf_counter() - now, recurring, speed)
         elif self._schedule.undecided(step):
             following = self._schedule.decide(step, self._total_steps, seconds_left(trainer))
-            self._schedule.set_next(step, Ranks.of(trainer).from_first(following))
+            self._schedule.set_next(step, Decision(*Ranks.of(trainer).from_first(following)))
         self._clock = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -288,11 +302,20 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         probed_enough = bool(trainer.fast_dev_run) and self.reading is not None
         return self._off or averaging_epoch or probed_enough
 
-    def _take(self, trainer: Any, pl_module: Any, step: int) -> float | None:
+    def _take(self, trainer: Any, pl_module: Any, step: int, speed: Speed) -> float | None:
         """Takes a reading and writes it; returns its seconds, None if it failed."""
         begin = time.perf_counter()
         try:
-            probed = measure_live(trainer, pl_module, self._captured, step, self._settings, check=not self._checked)
+            probed = measure_live(
+                trainer,
+                pl_module,
+                self._captured,
+                step,
+                self._settings,
+                check=not self._checked,
+                light=self._light_ends if speed == "light" else None,
+                learned=self._learned,
+            )
         except Exception as error:
             if self.on_error == "raise":
                 raise
@@ -302,10 +325,10 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             for sentence in probed.warnings:  # about the module, so once is enough; the loggers get them as text
                 warnings.warn(f"SpectrumMonitor {self.name!r}: {sentence}", stacklevel=2)
         self._failures = 0
-        self._checked = True
+        self._checked, self._learned = True, probed.learned
         seconds = time.perf_counter() - begin
         check = probed.measurement.check
-        self.reading = Reading(
+        reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
             spectrum=probed.measurement.spectrum,
@@ -319,20 +342,34 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             symmetry_error=None if check is None else check.symmetry,
             repeat_error=None if check is None else check.repeat,
             notes=(*probed.warnings, *probed.notes),
+            speed=speed,
         )
-        self.history.append(HistoryEntry.from_reading(self.reading))
+        if speed == "light":
+            self.light_reading = reading
+        else:
+            self.reading = reading
+        self.history.append(HistoryEntry.from_reading(reading))
         if trainer.is_global_zero:
-            self._write(trainer, self.reading)
-        return self.reading.seconds
+            self._write(trainer, reading)
+        return reading.seconds
+
+    @property
+    def _light_ends(self) -> LightEnds:
+        """What a light probe certifies: the outliers that the last full reading counted, and lambda_max in any case."""
+        last = next((entry for entry in reversed(self.history) if entry.speed == "full"), None)
+        if last is None:
+            return LightEnds()
+        return LightEnds(min(max(last.outliers_high or 0, 1), TOP), min(last.outliers_low or 0, TOP))
 
     def _start_afresh(self) -> None:
         """Forgets an earlier training: the same monitor may watch one after another, each from its own step 0."""
-        self._schedule = Schedule(self._schedule.every_n_steps, self._schedule.max_overhead, self._schedule.batches)
+        old = self._schedule
+        self._schedule = Schedule(old.every_n_steps, old.max_overhead, old.batches, old.light_every_n_steps)
         self._report = LoggerReport(
             figures_every=self._report.figures_every, custom_scalars=self._report.custom_scalars
         )
-        self.reading, self.history = None, []
-        self._checked, self._failures, self._capture_error = False, 0, None
+        self.reading, self.light_reading, self.history = None, None, []
+        self._checked, self._learned, self._failures, self._capture_error = False, None, 0, None
         self._once = Once()
 
     def _write(self, trainer: Any, reading: Reading) -> None:
@@ -370,6 +407,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     def _probe_failed(self, trainer: Any, error: Exception) -> None:
         """Warns once for each reason; turns the monitor off after repeated failures, and says so."""
         self._failures += 1
+        self._learned = None
         self._off = self._failures >= FAILURES_IN_A_ROW
         ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
         reason = f"{type(error).__name__}: {error}"
@@ -396,6 +434,7 @@ def _at_least_one(**arguments: int) -> None:
 
 def _validate(
     every_n_steps: int | None,
+    light_every_n_steps: int | None,
     max_overhead: float,
     parameters: list[str] | None,
     seed: int,
@@ -405,6 +444,13 @@ def _validate(
         raise ValueError(
             f"every_n_steps must be an integer of at least 1, or None for a schedule by budget, got {every_n_steps!r}"
         )
+    if light_every_n_steps is not None:
+        _at_least_one(light_every_n_steps=light_every_n_steps)
+        if every_n_steps is None or every_n_steps % light_every_n_steps or every_n_steps == light_every_n_steps:
+            raise ValueError(
+                f"light_every_n_steps must divide every_n_steps and be smaller, got {light_every_n_steps} and "
+                f"{every_n_steps}; without every_n_steps the budget decides on light probes too"
+            )
     if not 0.0 < max_overhead <= 1.0:
         raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
     if parameters is not None and (isinstance(parameters, str) or not parameters):

@@ -53,9 +53,6 @@ class Hessian(CurvatureOperator):
             the same state of the random number generators: the memory of one batch in place of all, for about
             twice the time. Buffers that the loss changes go on changing.
 
-    Attributes:
-        at_once: whether products with several vectors are taken in one vectorised backward pass; see `compare_routes`.
-
     Raises:
         TypeError: the loss is not a tensor, or the parameters aren't.
         ValueError: no batches, no parameters, or a loss that is not a finite scalar that depends on them.
@@ -79,7 +76,6 @@ class Hessian(CurvatureOperator):
         super().__init__(ParameterBlock(parameters))
         listed = as_batches(batches)
         self._random = RandomState(p.device for p in self.block.tensors)
-        self.at_once = False
         self._graphs: list[_GradientGraph] = []
         self._rerun = None if keep_graphs else (loss, listed)
         with differentiable():
@@ -98,7 +94,7 @@ class Hessian(CurvatureOperator):
         return evaluation, differentiate(evaluation.loss, self.block, index, create_graph=True)
 
     def compare_routes(self, rows: int) -> bool:
-        """Times products with ``rows`` vectors at once against one after the other, and keeps to the faster from now on.
+        """Times products with ``rows`` vectors at once against one after the other, for `at_once`.
 
         At once means one backward pass that is vectorised over the rows (`torch.vmap`): fewer and larger kernels, but not
         of every operation. On one CPU thread two rows at once took 1.1 to 1.4 times as long on four models, eight 0.6 to 1.0
@@ -108,19 +104,20 @@ class Hessian(CurvatureOperator):
             Whether products at once were faster, and the same to rounding.
         """
         V = torch.randn(rows, self.size, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
-        self.at_once, products = False, self.products
-        apart, reference = _timed(lambda: self.matmat(V), self.device)
-        self.at_once = True
+        before = self.at_once, self.products
         try:
+            self.at_once = False
+            apart, reference = _timed(lambda: self.matmat(V), self.device)
+            self.at_once = True
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of operations that vmap takes row by row: the clock tells that
                 together, found = _timed(lambda: self.matmat(V), self.device)
-            error = float((found - reference).norm() / reference.norm().clamp_min(torch.finfo(self.dtype).tiny))
-            self.at_once = together < apart and error <= 10 * self.noise
         except (RuntimeError, NotImplementedError):  # vmap knows no random operations, and not every other one
-            self.at_once = False
-        self.products = products
-        return self.at_once
+            return False
+        finally:
+            self.at_once, self.products = before
+        error = float((found - reference).norm() / reference.norm().clamp_min(torch.finfo(self.dtype).tiny))
+        return together < apart and error <= 10 * self.noise
 
     def _matmat(self, V: Tensor) -> Tensor:
         products: Tensor | None = None

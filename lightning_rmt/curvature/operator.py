@@ -32,6 +32,7 @@ class CurvatureOperator(ABC):
         gradient: weighted mean gradient, shape (size,), detached.
         used: for each parameter of the block, whether the loss depends on it.
         products: operator-vector products taken so far.
+        at_once: whether products with several vectors are taken together, where there is a choice; see `compare_routes`.
     """
 
     samples: float
@@ -47,6 +48,7 @@ class CurvatureOperator(ABC):
         trainable = (rounding_noise(p.dtype) for p in block.tensors if p.requires_grad)
         self.noise = max(trainable, default=rounding_noise(block.dtype))
         self.products = 0
+        self.at_once = False
         self._released = False
 
     @property
@@ -97,10 +99,10 @@ class CurvatureOperator(ABC):
         return self.matmat(v.unsqueeze(0)).squeeze(0)
 
     def compare_routes(self, rows: int) -> bool:
-        """Finds out which way of taking ``rows`` products is faster, where there are several; see `Hessian`.
+        """Finds out whether ``rows`` products are faster together, where there is a choice; see `Hessian`.
 
         Returns:
-            Whether products at once are faster: False here, where there is one way only.
+            What `at_once` should be: False here, where there is one way only.
         """
         return False
 

@@ -10,15 +10,17 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_rmt.curvature.distributed import RankSum
+from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
-from lightning_rmt.live.settings import ProbeSettings
+from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import unsharded
-from lightning_rmt.probe import Forecast, Measurement, measure
+from lightning_rmt.probe import Forecast, Measurement, Until, measure
+from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class LiveMeasurement:
         parameters: names of the measured parameters.
         warnings: what the user should be warned of, about the module.
         notes: further sentences to keep with the reading.
+        learned: what the next probe needn't find out again.
     """
 
     measurement: Measurement
@@ -38,6 +41,7 @@ class LiveMeasurement:
     parameters: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    learned: Learned
 
 
 def measure_live(
@@ -46,7 +50,10 @@ def measure_live(
     captured: Callable[[], list[CapturedBatch]],
     step: int,
     settings: ProbeSettings,
+    *,
     check: bool,
+    light: LightEnds | None = None,
+    learned: Learned | None = None,
 ) -> LiveMeasurement:
     """Measures the curvature of the module's loss as it is now; training never notices.
 
@@ -60,12 +67,16 @@ def measure_live(
         step: the current step; with the seed, it makes the start vectors and the dropout masks.
         settings: what to measure, and how.
         check: whether to test the product's symmetry and repeatability first.
+        light: what a light probe is to certify, with one start vector; None for a full probe.
+        learned: what an earlier probe found out.
 
     Raises:
         OtherRankFailedError: another rank failed.
         Exception: whatever went wrong here.
     """
     ranks = Ranks.of(trainer)
+    learned = learned or Learned(settings.product)
+    probes = settings.probes if light is None else 1
     with ExitStack() as stack:
 
         def prepare() -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
@@ -77,13 +88,17 @@ def measure_live(
             stack.enter_context(fence(trainer, module, seed=seed, autocast=settings.autocast))
             stack.enter_context(unsharded(module))
             mixed = settings.autocast and "mixed" in str(trainer.precision)
-            operator, warnings, notes = build_operator(module, batches, settings, mixed_precision=mixed)
+            operator, warnings, notes = build_operator(
+                module, batches, settings, mixed_precision=mixed, product=learned.product
+            )
             stack.callback(operator.release)
+            if probes > 1:
+                operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
             return operator, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
 
         operator, warnings, notes = ranks.together(prepare)
         shared = operator if ranks.group is None else RankSum(operator, ranks.group)
-        products = settings.probes * min(settings.lanczos_steps, operator.size)
+        products = probes * min(settings.lanczos_steps, operator.size)
         on_step = stack.enter_context(probe_progress(trainer, settings.name, products))
 
         def run() -> Measurement:
@@ -91,9 +106,10 @@ def measure_live(
                 return measure(
                     shared,
                     steps=settings.lanczos_steps,
-                    probes=settings.probes,
+                    probes=probes,
                     seed=_mix(settings.seed, step, 0),
                     check=check,
+                    until=_rule(shared, light),
                     on_forecast=lambda cost: rank_zero_info(_announcement(settings.name, cost)),
                     on_step=on_step,
                 )
@@ -102,7 +118,19 @@ def measure_live(
                     raise shared.error from None  # rather than the NaN that it made of the sum
                 raise
 
-        return LiveMeasurement(ranks.together(run), int(shared.samples), operator.block.names, warnings, notes)
+        measurement = ranks.together(run)
+        found = Learned(
+            product="exact" if isinstance(operator, Hessian) else learned.product,
+            at_once=operator.at_once if probes > 1 else learned.at_once,
+        )
+        return LiveMeasurement(measurement, int(shared.samples), operator.block.names, warnings, notes, found)
+
+
+def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Until:
+    """What ends the probe before its last step."""
+    if light is None:
+        return Settled(operator.size, operator.noise)
+    return CertifiedEnds(operator.size, operator.noise, top=light.top, bottom=light.bottom)
 
 
 def _announcement(name: str, cost: Forecast) -> str:

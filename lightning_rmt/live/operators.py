@@ -20,7 +20,7 @@ from lightning_rmt.krylov.lanczos import rounding_noise, start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
 from lightning_rmt.live.loss import curvature_loss
 from lightning_rmt.live.namespaces import MisconfigurationException
-from lightning_rmt.live.settings import Curvature, OutputsFn, ProbeSettings
+from lightning_rmt.live.settings import Curvature, OutputsFn, ProbeSettings, Product
 
 
 def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: OutputsFn | None) -> None:
@@ -63,22 +63,24 @@ def build_operator(
     settings: ProbeSettings,
     *,
     mixed_precision: bool,
+    product: Product,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     """The operator on this rank's batches, what to warn of about it, and sentences to keep with what it shows.
 
     Args:
         module: the LightningModule, fenced and (if it was sharded) gathered.
         captured: this rank's curvature batches, at least one.
-        settings: which matrix of which parameters, and its product: ``"auto"`` tries double backward once and falls back
-            to finite differences, which check themselves, where an operation has no second derivative.
+        settings: which matrix of which parameters.
         mixed_precision: whether the fence computes in it.
+        product: ``"auto"`` tries double backward once and falls back to finite differences, which check themselves, where
+            an operation has no second derivative.
 
     Raises:
         CurvatureError: the product can't be had; the message says what to do.
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), settings.parameters)
-    operator, fallback, notes = _operator(module, chosen, captured, settings)
+    operator, fallback, notes = _operator(module, chosen, captured, settings, product)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     return operator, (*fallback, *_warnings(operator)), notes
@@ -89,6 +91,7 @@ def _operator(
     chosen: list[tuple[str, Tensor]],
     captured: Sequence[CapturedBatch],
     settings: ProbeSettings,
+    product: Product,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if settings.curvature == "ggn":
         return _gauss_newton(module, chosen, captured, settings.outputs_fn), (), ()
@@ -100,10 +103,10 @@ def _operator(
         return operator, (), (note,)
     try:
         hessian = Hessian(loss, chosen, captured)
-        if settings.product == "auto":
+        if product == "auto":
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here
     except SecondDerivativeError as error:
-        if settings.product == "exact":
+        if product == "exact":
             raise
         why = f"PyTorch has no second derivative of {error.operation}"
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -70,10 +70,10 @@ class Ranks:
             raise OtherRankFailedError("the probe failed on another rank; its log says why. All ranks skip this one")
         return result  # type: ignore[return-value]
 
-    def from_first(self, value: int) -> int:
-        """The first rank's value, on every rank."""
+    def from_first(self, values: Sequence[int]) -> list[int]:
+        """The first rank's values, on every rank."""
         if self.group is None:
-            return value
-        tensor = torch.tensor(value, dtype=torch.int64, device=self._device)
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
-        return int(tensor.item())
+        return [int(value) for value in tensor.tolist()]

@@ -1,4 +1,4 @@
-"""What a probe is to measure, as one value that goes from the callback to the operator."""
+"""What a probe is to measure, and what earlier probes found out, as values that go from the callback to the operator."""
 
 from __future__ import annotations
 
@@ -31,3 +31,24 @@ class ProbeSettings:
     batches: int
     seed: int
     name: str
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a probe has found out about the module, so that the next one needn't; all of it may be forgotten.
+
+    Attributes:
+        product: the kind of product that works, where the settings leave it open.
+        at_once: whether products with several vectors are faster in one backward pass; None: not measured yet.
+    """
+
+    product: Product
+    at_once: bool | None = None
+
+
+@dataclass(frozen=True)
+class LightEnds:
+    """What a light probe is to certify: eigenvalues from the largest down, and from the smallest up."""
+
+    top: int = 1
+    bottom: int = 0

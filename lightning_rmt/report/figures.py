@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_rmt.reading import Reading
 from lightning_rmt.report import style
-from lightning_rmt.report.history import HistoryEntry
+from lightning_rmt.report.history import HistoryEntry, LogMasses
 from lightning_rmt.report.time_figures import heat_map_figure, outliers_over_time_figure
 from lightning_rmt.report.wording import number, operator_words, outlier_words, typeset, with_error
 from lightning_rmt.spectra.spectrum import Atom, Spectrum
@@ -30,13 +30,18 @@ def spectrum_figure(reading: Reading) -> Figure:
     The density is per unit eigenvalue, also where the axis is logarithmic: areas under the curve are not masses there.
     Outliers are eigenvalues of mass 1/n each, so they are stems; their height means nothing. Atoms (an eigenvalue
     with a share of the whole mass) are labelled stems. Ticks along the bottom are certified eigenvalues.
+
+    Raises:
+        ValueError: a light reading.
     """
     spectrum = reading.spectrum
+    if reading.light:
+        raise ValueError(f"the reading of step {reading.step} is a light one, which has no density to draw")
     figure = style.new_figure(6.4, 4.1)
     axes = figure.add_axes((0.105, 0.125, 0.865, 0.635))
     style.dress(axes)
     entry = HistoryEntry.from_reading(reading)
-    axis = style.EigenvalueAxis.spanning(*_ends(entry), entry.masses.scale())
+    axis = style.EigenvalueAxis.spanning(*_ends(spectrum, entry.two_over_lr), LogMasses.of(spectrum).scale())
     axis.apply(axes)
     axes.grid(axis="x", color=style.GRID, linewidth=0.7)
 
@@ -62,10 +67,10 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _ends(entry: HistoryEntry) -> tuple[float, float]:
+def _ends(spectrum: Spectrum, limit: float | None) -> tuple[float, float]:
     """What the axis must show: all eigenvalues, and 2/lr where that is near."""
-    limit, high = entry.two_over_lr, entry.lambda_max
-    return entry.lambda_min, limit if limit is not None and high < limit <= 2.0 * high else high
+    low, high = spectrum.lambda_min.value, spectrum.lambda_max.value
+    return low, limit if limit is not None and high < limit <= 2.0 * high else high
 
 
 def _draw_density(axes: Axes, spectrum: Spectrum, axis: style.EigenvalueAxis) -> None:

@@ -105,9 +105,9 @@ class HistoryEntry:
         step: the reading's step.
         learning_rate: None where there is none.
         curvature: ``"hessian"``, ``"ggn"`` or ``"gradient_covariance"``.
-        lambda_max: largest Ritz value.
+        lambda_max: largest Ritz value; None where a light reading didn't certify it.
         lambda_max_residual: an eigenvalue lies within this of it.
-        lambda_min: smallest Ritz value.
+        lambda_min: smallest Ritz value; None where a light reading didn't certify it.
         lambda_min_residual: an eigenvalue lies within this of it.
         top: certified eigenvalues from the largest down, at most 40.
         bottom: certified eigenvalues from the smallest up, at most 40.
@@ -115,56 +115,63 @@ class HistoryEntry:
         outliers_low: outliers below the bulk, None where no count was given.
         bulk_edge_high: None where the bulk has no edge.
         bulk_edge_low: None where the bulk has no edge.
-        trace: estimate of the trace.
+        trace: estimate of the trace, None in a light reading.
         trace_stderr: its standard error, None where it has none.
         seconds: wall-clock time of the probe.
         products: operator products spent.
-        masses: the spectral measure on a fixed logarithmic grid.
+        masses: the spectral measure on a fixed logarithmic grid, None in a light reading.
+        speed: ``"full"`` or ``"light"``.
     """
 
     step: int
     learning_rate: float | None
     curvature: str
-    lambda_max: float
-    lambda_max_residual: float
-    lambda_min: float
-    lambda_min_residual: float
+    lambda_max: float | None
+    lambda_max_residual: float | None
+    lambda_min: float | None
+    lambda_min_residual: float | None
     top: tuple[float, ...]
     bottom: tuple[float, ...]
     outliers_high: int | None
     outliers_low: int | None
     bulk_edge_high: float | None
     bulk_edge_low: float | None
-    trace: float
+    trace: float | None
     trace_stderr: float | None
     seconds: float
     products: int
-    masses: LogMasses
+    masses: LogMasses | None
+    speed: str = "full"
 
     @classmethod
     def from_reading(cls, reading: Reading) -> HistoryEntry:
         """The entry of ``reading``."""
-        spectrum = reading.spectrum
-        high, low, edges = spectrum.outliers.high, spectrum.outliers.low, spectrum.bulk_edges
+        spectrum, full = reading.spectrum, not reading.light
+        high = spectrum.outliers.high if full else None
+        low = spectrum.outliers.low if full else None
+        edges = spectrum.bulk_edges if full else None
+        largest = spectrum.lambda_max if full or spectrum.lambda_max.certified else None
+        smallest = spectrum.lambda_min if full or spectrum.lambda_min.certified else None
         return cls(
             step=int(reading.step),
             learning_rate=_float(reading.learning_rate),
             curvature=str(reading.curvature),
-            lambda_max=float(spectrum.lambda_max.value),
-            lambda_max_residual=float(spectrum.lambda_max.residual),
-            lambda_min=float(spectrum.lambda_min.value),
-            lambda_min_residual=float(spectrum.lambda_min.residual),
+            lambda_max=None if largest is None else float(largest.value),
+            lambda_max_residual=None if largest is None else float(largest.residual),
+            lambda_min=None if smallest is None else float(smallest.value),
+            lambda_min_residual=None if smallest is None else float(smallest.residual),
             top=tuple(float(level.value) for level in spectrum.top[: 4 * TOP]),
             bottom=tuple(float(level.value) for level in spectrum.bottom[: 4 * TOP]),
-            outliers_high=None if high.count is None else int(high.count),
-            outliers_low=None if low.count is None else int(low.count),
-            bulk_edge_high=_float(edges.high),
-            bulk_edge_low=_float(edges.low),
-            trace=float(spectrum.trace.mean),
-            trace_stderr=_float(spectrum.trace.stderr),
+            outliers_high=None if high is None or high.count is None else int(high.count),
+            outliers_low=None if low is None or low.count is None else int(low.count),
+            bulk_edge_high=None if edges is None else _float(edges.high),
+            bulk_edge_low=None if edges is None else _float(edges.low),
+            trace=float(spectrum.trace.mean) if full else None,
+            trace_stderr=_float(spectrum.trace.stderr) if full else None,
             seconds=float(reading.seconds),
             products=int(spectrum.products),
-            masses=LogMasses.of(spectrum),
+            masses=LogMasses.of(spectrum) if full else None,
+            speed=reading.speed,
         )
 
     @property
@@ -177,7 +184,8 @@ class HistoryEntry:
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, floats, ints, strings and None: fit for JSON and for a checkpoint."""
         values = asdict(self)
-        values["masses"] = {key: list(v) if isinstance(v, tuple) else v for key, v in values["masses"].items()}
+        if self.masses is not None:
+            values["masses"] = {key: list(v) if isinstance(v, tuple) else v for key, v in values["masses"].items()}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
     @classmethod
@@ -191,6 +199,8 @@ class HistoryEntry:
         if missing := [name for name in names if name not in values]:
             raise ValueError(f"not a history entry: {', '.join(missing)} missing")
         known: dict[str, Any] = {name: _as_stored(values[name]) for name in names}
+        if known["masses"] is None:
+            return cls(**known)
         masses: dict[str, Any] = {field.name: _as_stored(values["masses"][field.name]) for field in fields(LogMasses)}
         return cls(**{**known, "masses": LogMasses(**masses)})
 

@@ -25,11 +25,11 @@ class LoggerReport:
     a logger with ``log_image`` (Weights & Biases) or with ``experiment.log_figure`` (MLflow) gets the figures. Sentences
     (refusals, caveats, the reading's own notes) are written once each, however their numbers change.
 
-    State: the histogram's grid, the sentences already written, and how many readings have been seen. It is kept over a
+    State: the histogram's grid, the sentences already written, and how many full readings have been seen. It is kept over a
     resume by `state_dict` and `load_state_dict`.
 
     Args:
-        figures_every: figures are drawn for the first reading and every so many after it; 0 draws none.
+        figures_every: figures are drawn for the first full reading and every so many after it; 0 draws none.
         custom_scalars: write a layout for TensorBoard's custom scalars tab. Off by default because TensorBoard uses
             one layout per log directory, and it would displace the user's.
     """
@@ -58,10 +58,12 @@ class LoggerReport:
         """
         if not _is_rank_zero():
             return
-        if not self._grid:
-            self._grid = tensorboard.histogram_grid(reading.spectrum)
-        due = bool(self.figures_every) and self._seen % self.figures_every == 0
-        self._seen += 1
+        due = False
+        if not reading.light:  # which has no density to draw
+            if not self._grid:
+                self._grid = tensorboard.histogram_grid(reading.spectrum)
+            due = bool(self.figures_every) and self._seen % self.figures_every == 0
+            self._seen += 1
         loggers = list(loggers)
         values, reasons = split(reading)
         sentences = self._new_sentences(reading, reasons)
@@ -112,7 +114,9 @@ class LoggerReport:
         if not board:
             return
         experiment, name = logger.experiment, reading.name
-        tensorboard.add_density(experiment, _tag(f"{name}/density", logger), reading.spectrum, self._grid, reading.step)
+        if not reading.light:
+            density = _tag(f"{name}/density", logger)
+            tensorboard.add_density(experiment, density, reading.spectrum, self._grid, reading.step)
         if sentences:
             text = "\n".join(f"- {sentence}" for sentence in sentences)
             experiment.add_text(_tag(f"{name}/notes", logger), text, reading.step)

@@ -51,6 +51,8 @@ def split(reading: Reading) -> tuple[dict[str, float], dict[str, str]]:
 def caveats(reading: Reading) -> dict[str, str]:
     """The tags that `scalars` does log, but that mean less than their name says: a count that is a lower bound, say."""
     spectrum, found = reading.spectrum, {}
+    if reading.light:  # which logs certified values only
+        return {}
     for end, level in (("max", spectrum.lambda_max), ("min", spectrum.lambda_min)):
         if not level.certified and level.residual > 0.0:
             found[f"{reading.name}/lambda_{end}"] = (
@@ -64,14 +66,24 @@ def caveats(reading: Reading) -> dict[str, str]:
 
 
 def _items(reading: Reading) -> Iterator[_Item]:
-    for tag, value, reason in (
-        *_ends(reading),
-        *_sums(reading),
-        *_outliers(reading),
-        *_bulk(reading),
-        *_run(reading),
-    ):
-        yield _Item(f"{reading.name}/{tag}", value, reason)
+    parts = (_certified_ends, _run) if reading.light else (_ends, _sums, _outliers, _bulk, _run)
+    for part in parts:
+        for tag, value, reason in part(reading):
+            yield _Item(f"{reading.name}/{tag}", value, reason)
+
+
+def _certified_ends(reading: Reading) -> Iterator[_Item]:
+    """All that a light reading says of the spectrum."""
+    spectrum = reading.spectrum
+    for end, level in (("max", spectrum.lambda_max), ("min", spectrum.lambda_min)):
+        if level.certified:
+            yield _Item(f"lambda_{end}", level.value, "")
+            yield _Item(f"lambda_{end}_residual", level.residual, "")
+        elif end == "max":
+            yield _Item("lambda_max", None, f"not certified within the {spectrum.products} products of a light reading")
+    for side, levels in (("top", spectrum.top), ("bottom", spectrum.bottom)):
+        for i, level in enumerate(levels[:TOP], start=1):
+            yield _Item(f"{side}/{i}", level.value, "")
 
 
 def _ends(reading: Reading) -> Iterator[_Item]:
@@ -154,10 +166,13 @@ def _run(reading: Reading) -> Iterator[_Item]:
         reason = "no learning rate was found"
     else:
         reason = "the learning rate is 0"
-    yield _Item("sharpness_times_lr", reading.sharpness_times_lr if curvature else None, reason)
+    sharpness = reading.sharpness_times_lr if curvature else None
+    if not reading.light or reading.spectrum.lambda_max.certified:
+        yield _Item("sharpness_times_lr", sharpness, reason)
     yield _Item("two_over_lr", 2.0 / learning_rate if curvature and learning_rate else None, reason)
     yield _Item("probe_seconds", reading.seconds, "")
     yield _Item("overhead", reading.overhead, "the training's time was not measured")
     yield _Item("products", reading.spectrum.products, "")
-    yield _Item("symmetry_error", reading.symmetry_error, "not tested at this reading")
-    yield _Item("repeat_error", reading.repeat_error, "not tested at this reading")
+    if not reading.light:
+        yield _Item("symmetry_error", reading.symmetry_error, "not tested at this reading")
+        yield _Item("repeat_error", reading.repeat_error, "not tested at this reading")

@@ -14,6 +14,7 @@ def summary_table(readings: Sequence[Reading]) -> str:
 
     Eigenvalues, trace and edges are in the operator's units. ``~`` before lambda_max or lambda_min: not converged.
     Outliers are above/below the bulk: ``9`` is a clear count, ``9?`` a likely one, ``>=9`` a lower bound, ``-`` none given.
+    A light reading fills in what it certified.
     """
     header = ("step", "lambda_max", "lambda_min", "trace", "outliers", "bulk edges", "seconds", "products")
     rows = [header, *(_row(reading) for reading in readings)]
@@ -24,12 +25,17 @@ def summary_table(readings: Sequence[Reading]) -> str:
 def _row(reading: Reading) -> tuple[str, ...]:
     spectrum = reading.spectrum
     ends = (spectrum.lambda_max, spectrum.lambda_min)
+    if reading.light:
+        shown = [with_error(level.value, level.residual) if level.certified else "" for level in ends]
+        whole = ["light", "", ""]
+    else:
+        shown = [("" if level.certified else "~") + with_error(level.value, level.residual) for level in ends]
+        trace = with_error(spectrum.trace.mean, spectrum.trace.stderr)
+        whole = [trace, f"{_count(spectrum, 'high')} / {_count(spectrum, 'low')}", _edges(spectrum)]
     return (
         str(reading.step),
-        *(("" if level.certified else "~") + with_error(level.value, level.residual) for level in ends),
-        with_error(spectrum.trace.mean, spectrum.trace.stderr),
-        f"{_count(spectrum, 'high')} / {_count(spectrum, 'low')}",
-        _edges(spectrum),
+        *shown,
+        *whole,
         number(reading.seconds, 2),
         str(spectrum.products),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_rmt.report import style
-from lightning_rmt.report.history import BINS_PER_DECADE, HistoryEntry, bin_edge
+from lightning_rmt.report.history import BINS_PER_DECADE, HistoryEntry, LogMasses, bin_edge
 from lightning_rmt.report.scalars import TOP
 from lightning_rmt.report.wording import number, operator_words, typeset
 
@@ -26,31 +26,33 @@ _CROWDED = 60  # readings from which lines go without markers
 def heat_map_figure(history: Sequence[HistoryEntry]) -> Figure:
     """The density over time: log10 of the mass per bin, bins equally wide on the symlog axis; certified levels as dots.
 
-    Readings are drawn at their steps, each out to halfway to its neighbours.
+    Full readings are drawn at their steps, each out to halfway to its neighbours; light ones have dots only.
 
     Raises:
-        ValueError: ``history`` is empty.
+        ValueError: ``history`` has no full reading.
     """
     entries = _in_order(history)
+    full = [(entry.step, entry.masses) for entry in entries if entry.masses is not None]
+    if not full:
+        raise ValueError("there is no density to draw: the history has no full reading")
     figure = style.new_figure(6.4, 4.1)
     axes = figure.add_axes((0.125, 0.125, 0.725, 0.785))
-    lowest, highest = _bins(entries)
+    lowest, highest = _bins(entries, [masses for _, masses in full])
     linear_to = bin_edge(lowest)
     outer = [bin_edge(k) for k in range(lowest, highest + 1)]
     edges = np.array([-edge for edge in reversed(outer)] + outer)
-    mass = np.array([entry.masses.pooled(lowest, highest) for entry in entries]).T
+    mass = np.array([masses.pooled(lowest, highest) for _, masses in full]).T
     faintest = max(min(math.floor(math.log10(mass[mass > 0.0].min())), -1), _FAINTEST)
     shade = np.ma.masked_invalid(np.log10(np.where(mass < 10.0**faintest, np.nan, mass)))
 
     low, high = _shown(entries, edges, linear_to)
     axis = style.EigenvalueAxis.symlog(low, high, linear_to, _LINEAR_DECADES)
     style.dress(axes)
-    steps = np.array([entry.step for entry in entries], dtype=np.float64)
-    cells = _cell_edges(steps)
+    cells = _cell_edges(np.array([step for step, _ in full], dtype=np.float64))
     # rasterized: one image in a PDF or SVG instead of thousands of rectangles with hairlines between them.
     mesh = axes.pcolormesh(cells, edges, shade, cmap=style.mass_colours(), vmin=faintest, vmax=0.0, rasterized=True)
     axis.apply(axes, "y")
-    axes.set_xlim(cells[0], cells[-1])
+    axes.set_xlim(min(cells[0], entries[0].step), max(cells[-1], entries[-1].step))
     _step_ticks(axes, entries)
     _draw_dots(axes, entries, linear_to)
     _draw_limit(axes, entries, linear_to, axis.high)
@@ -80,8 +82,9 @@ def outliers_over_time_figure(history: Sequence[HistoryEntry]) -> Figure:
         style.dress(axes)
         axes.grid(axis="y", color=style.GRID, linewidth=0.7)
     _draw_eigenvalues(levels, entries)
-    _draw_counts(counts, entries)
-    _draw_trace(trace, entries)
+    full = [entry for entry in entries if entry.speed == "full"]
+    _draw_counts(counts, full)
+    _draw_trace(trace, full)
     _step_ticks(trace, entries)
     trace.set_xlabel("step", size=style.LABEL_SIZE)
     for axes in (levels, counts, trace):
@@ -109,20 +112,24 @@ def _in_order(history: Sequence[HistoryEntry]) -> list[HistoryEntry]:
     return [entry for _, entry in sorted({entry.step: entry for entry in history}.items())]
 
 
-def _bins(entries: Sequence[HistoryEntry]) -> tuple[int, int]:
+def _bins(entries: Sequence[HistoryEntry], densities: Sequence[LogMasses]) -> tuple[int, int]:
     """First and last bin of the logarithmic part, for all entries together."""
-    reach = max(max(abs(entry.lambda_max), abs(entry.lambda_min)) for entry in entries)
+    reach = max(abs(end) for end in _known_ends(entries))
     highest = math.floor(math.log10(reach) * BINS_PER_DECADE) + 1 if reach > 0 else 1
-    finest = max(entry.masses.lowest_bin for entry in entries)
-    scale = math.log10(float(np.median([entry.masses.scale() for entry in entries])))
+    finest = max(masses.lowest_bin for masses in densities)
+    scale = math.log10(float(np.median([masses.scale() for masses in densities])))
     # Whole decades, so that the ticks at the ends of the linear part are powers of ten.
     decade = max(math.floor(scale + 1e-9), math.ceil(finest / BINS_PER_DECADE))
     return min(decade * BINS_PER_DECADE, highest - 1), highest
 
 
+def _known_ends(entries: Sequence[HistoryEntry]) -> list[float]:
+    ends = [end for entry in entries for end in (entry.lambda_max, entry.lambda_min)]
+    return [end for end in ends if end is not None]
+
+
 def _shown(entries: Sequence[HistoryEntry], edges: NDArray[np.float64], linear_to: float) -> tuple[float, float]:
-    low = min(entry.lambda_min for entry in entries)
-    high = max(entry.lambda_max for entry in entries)
+    low, high = min(_known_ends(entries)), max(_known_ends(entries))
     limits = [entry.two_over_lr for entry in entries if entry.two_over_lr is not None]
     near = [limit for limit in limits if limit <= 4.0 * high]
     return min(low, -linear_to), max([high, linear_to, *near])
@@ -168,11 +175,15 @@ def _draw_limit(axes: Axes, entries: Sequence[HistoryEntry], lowest: float, high
 def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    steps = [entry.step for entry in entries]
+    largest = [
+        (entry.step, entry.lambda_max, entry.lambda_max_residual or 0.0)
+        for entry in entries
+        if entry.lambda_max is not None
+    ]
     axes.errorbar(
-        steps,
-        [entry.lambda_max for entry in entries],
-        yerr=[entry.lambda_max_residual for entry in entries],
+        [step for step, _, _ in largest],
+        [value for _, value, _ in largest],
+        yerr=[residual for _, _, residual in largest],
         label=r"$\lambda_{\max}$",
         **_line(style.OUTLIER, len(entries)),
         zorder=3,
@@ -183,12 +194,21 @@ def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
             x, y = zip(*points, strict=True)
             look: dict[str, Any] = {**_line(style.FAINT, len(entries)), "linewidth": 0.7, "markersize": 1.8}
             axes.errorbar(x, y, label=f"2nd to {TOP}th" if i == 1 else None, **look)
-    edges = [entry.bulk_edge_high for entry in entries]
+    full = [entry for entry in entries if entry.speed == "full"]
+    edges = [entry.bulk_edge_high for entry in full]
     if any(edge is not None for edge in edges):
         heights = [math.nan if edge is None else edge for edge in edges]  # a hole where there is no edge
         dotted = (0, (1, 1.6))
-        axes.plot(steps, heights, color=style.INK, linestyle=dotted, marker="_", markersize=5, label="bulk edge")
-    values = [entry.lambda_max for entry in entries] + [value for entry in entries for value in entry.top[:TOP]]
+        axes.plot(
+            [entry.step for entry in full],
+            heights,
+            color=style.INK,
+            linestyle=dotted,
+            marker="_",
+            markersize=5,
+            label="bulk edge",
+        )
+    values = [value for _, value, _ in largest] + [value for entry in entries for value in entry.top[:TOP]]
     low, high = min(values), max(values)
     if 0.0 < 5.0 * low < high:
         axes.set_yscale("log")
@@ -223,8 +243,10 @@ def _draw_counts(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
 
 
 def _draw_trace(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
-    steps, errors = [entry.step for entry in entries], [entry.trace_stderr or 0.0 for entry in entries]
-    axes.errorbar(steps, [entry.trace for entry in entries], yerr=errors, **_line(style.BULK, len(entries)))
+    traces = [(entry.step, entry.trace, entry.trace_stderr or 0.0) for entry in entries if entry.trace is not None]
+    if traces:
+        steps, values, errors = zip(*traces, strict=True)
+        axes.errorbar(steps, values, yerr=errors, **_line(style.BULK, len(entries)))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
     axes.yaxis.get_offset_text().set_fontsize(style.TICK_SIZE)
     axes.set_ylabel("trace ± s.e.", size=style.LABEL_SIZE)

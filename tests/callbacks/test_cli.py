@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 ARGUMENTS = {
     "every_n_steps": 2,
+    "light_every_n_steps": 1,
     "max_overhead": 0.1,
     "curvature": "ggn",
     "lanczos_steps": 7,
@@ -110,7 +111,10 @@ def test_yaml(namespace, cli, tmp_path, monkeypatch):
     assert watch.reading.curvature == "ggn"
     assert watch.reading.spectrum.products == 2 * 4
     assert watch.loss_fn is loss_fn
-    assert [entry.step for entry in watch.history] == [0, 2]
+    assert [(entry.step, entry.speed) for entry in watch.history] == [
+        *[(0, "full"), (1, "light")],
+        *[(2, "full"), (3, "light")],
+    ]
 
 
 @BOTH

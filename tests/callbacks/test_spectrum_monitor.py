@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt import Reading, Spectrum, SpectrumMonitor
 from lightning_rmt.live.namespaces import MisconfigurationException
+from lightning_rmt.live.schedule import Decision
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*logging interval.*")
 
@@ -249,6 +250,91 @@ def test_default_budget_probes_at_the_start_and_stays_within(tmp_path):
     assert watch.history[0].step == 0
     assert len(watch.history) > 2
     assert {"rmt/overhead"} <= set(events(trainer.log_dir).Tags()["scalars"])
+
+
+class TwoSpeeds:
+    """What one run with both kinds of probe left behind."""
+
+    def __init__(self, directory):
+        self.watch = monitor(every_n_steps=6, light_every_n_steps=2, lanczos_steps=40, figures_every=1, batches=2)
+        trainer = fit(self.watch, directory, max_epochs=3)
+        self.log_dir = Path(trainer.log_dir)
+        self.scalars = {
+            tag: [event.step for event in events(trainer.log_dir).Scalars(tag)]
+            for tag in events(trainer.log_dir).Tags()["scalars"]
+        }
+        self.tags = events(trainer.log_dir).Tags()
+
+
+@pytest.fixture(scope="module")
+def two_speeds(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(does not have many workers|logging interval).*")
+        return TwoSpeeds(tmp_path_factory.mktemp("speeds"))
+
+
+def test_light_readings_come_between_and_are_cheaper(two_speeds):
+    watch = two_speeds.watch
+    steps = {speed: [e.step for e in watch.history if e.speed == speed] for speed in ("full", "light")}
+    assert steps["full"][:2] == [1, 7]
+    assert steps["light"][:4] == [3, 5, 9, 11]
+    products = {speed: {e.products for e in watch.history if e.speed == speed} for speed in ("full", "light")}
+    assert max(products["light"]) < min(products["full"])
+    assert (watch.reading.speed, watch.light_reading.speed) == ("full", "light")
+    assert watch.reading.step < watch.light_reading.step
+
+
+def test_light_readings_say_what_they_certified_and_nothing_else(two_speeds):
+    watch, scalars = two_speeds.watch, two_speeds.scalars
+    everywhere = [entry.step for entry in watch.history]
+    full = [entry.step for entry in watch.history if entry.speed == "full"]
+    for tag in ("lambda_max", "lambda_max_residual", "top/1", "sharpness_times_lr", "products", "probe_seconds"):
+        assert scalars[f"rmt/{tag}"] == everywhere
+    for tag in ("trace", "frobenius", "outliers/gap_index_high", "zero_mass", "negative_mass", "free_skew"):
+        assert scalars[f"rmt/{tag}"] == full
+    light = watch.light_reading.spectrum
+    assert light.lambda_max.certified
+    assert len(events(two_speeds.log_dir).Histograms("rmt/density")) == len(full)
+    assert [event.step for event in events(two_speeds.log_dir).Images("rmt/spectrum")] == full
+
+
+def test_light_and_full_readings_of_the_same_weights_agree(tmp_path):
+    batch = next(iter(loader()))
+
+    class Still(classifier()):
+        def training_step(self, _, batch_idx):
+            return self.loss(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    watch = monitor(every_n_steps=4, light_every_n_steps=2, lanczos_steps=60)
+    fit(watch, tmp_path, Still())
+    full = [e.lambda_max for e in watch.history if e.speed == "full"]
+    light = [e.lambda_max for e in watch.history if e.speed == "light"]
+    assert full
+    assert light
+    np.testing.assert_allclose(light, full[0], rtol=1e-5)
+
+
+def test_readings_of_both_speeds_are_drawn_without_a_trainer(two_speeds, tmp_path, capsys):
+    from lightning_rmt.__main__ import main
+
+    assert main(["plot", str(two_speeds.log_dir), "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.count(" light ") == sum(entry.speed == "light" for entry in two_speeds.watch.history)
+    drawn = {path.name for path in (tmp_path / "rmt").iterdir()}
+    assert {"spectrum_over_time.png", "eigenvalues_over_time.png", "spectrum_step_00000001.png"} <= drawn
+    assert "spectrum_step_00000003.png" not in drawn
+
+
+def test_a_light_reading_keeps_its_speed_over_saving_and_over_a_checkpoint(two_speeds):
+    light = two_speeds.watch.light_reading
+    assert Reading.load(two_speeds.log_dir / "rmt" / f"step_{light.step:08d}.npz").speed == "light"
+    other = monitor(every_n_steps=6, light_every_n_steps=2)
+    other.load_state_dict(json.loads(json.dumps(two_speeds.watch.state_dict())))
+    assert [e.speed for e in other.history] == [e.speed for e in two_speeds.watch.history]
+    assert other.history == two_speeds.watch.history
 
 
 class Gan(pl.LightningModule):
@@ -516,7 +602,7 @@ def test_max_time_is_told_to_the_schedule(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(
         "lightning_rmt.live.schedule.Schedule.decide",
-        lambda self, step, total_steps, seconds_left: told.append(seconds_left) or step + 1000,
+        lambda self, step, total_steps, seconds_left: told.append(seconds_left) or Decision(step + 1000, 0),
     )
     fit(monitor(every_n_steps=None), tmp_path, max_time={"hours": 1})
     fit(monitor(every_n_steps=None), tmp_path)

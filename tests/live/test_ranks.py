@@ -19,7 +19,7 @@ def test_one_process_agrees_with_itself():
     assert (ranks.size, ranks.rank, ranks.group) == (1, 0, None)
     assert ranks.all_ok(True)
     assert not ranks.all_ok(False)
-    assert ranks.from_first(7) == 7
+    assert ranks.from_first((7, 1)) == [7, 1]
     assert ranks.together(lambda: "done") == "done"
     with pytest.raises(ZeroDivisionError):
         ranks.together(lambda: 1 // 0)
@@ -27,11 +27,11 @@ def test_one_process_agrees_with_itself():
 
 def agree():
     ranks = pair()
-    return [ranks.size, ranks.all_ok(True), ranks.all_ok(ranks.rank == 0), ranks.from_first(10 + ranks.rank)]
+    return [ranks.size, ranks.all_ok(True), ranks.all_ok(ranks.rank == 0), ranks.from_first((10 + ranks.rank, 5))]
 
 
 def test_two_ranks_agree(tmp_path):
-    assert on_two_ranks(agree, tmp_path) == [[2, True, False, 10]] * 2
+    assert on_two_ranks(agree, tmp_path) == [[2, True, False, [10, 5]]] * 2
 
 
 def one_fails():

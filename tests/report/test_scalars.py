@@ -126,6 +126,6 @@ def test_the_name_is_the_prefix(trained):
 def test_caveats_name_what_means_less_than_it_says(trained, known, reading_of):
     assert caveats(trained) == {}
     assert "not converged" in caveats(known("four steps"))["rmt/lambda_max"]
-    short = reading_of(trained_truth(), steps=60)
+    short = reading_of(trained_truth(), steps=40)
     assert scalars(short)["rmt/outliers/count_high"] == 9
     assert caveats(short)["rmt/outliers/count_high"].startswith("a lower bound")
