@@ -49,6 +49,54 @@ def test_equals_the_dense_hessian(name):
         assert H.size == sum(p.numel() for p in made.parameters)
 
 
+# What vmap can't do: compare_routes sees that by trying
+NOT_AT_ONCE = ("cnn groupnorm gelu", "checkpoint dropout")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("name", [name for name in cases.CASES if name not in NOT_AT_ONCE])
+def test_products_at_once_equal_the_dense_hessian(name):
+    made = cases.build(name)
+    with Hessian(made.loss, made.parameters, made.batches) as H:
+        H.at_once = True
+        cases.reseed()
+        assert_equals_dense(H, cases.dense_hessian(made))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_route_is_measured_and_right_whatever_it_is(name):
+    made = cases.build(name)
+    with Hessian(made.loss, made.parameters, made.batches) as H:
+        H.at_once = H.compare_routes(3)
+        assert H.products == 0
+        cases.reseed()
+        assert_equals_dense(H, cases.dense_hessian(made))
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [((1.0, 0.5), True), ((0.5, 1.0), False)])
+def test_the_faster_route_is_taken(seconds, faster, monkeypatch):
+    made, clock = cases.build("mlp tanh"), iter(seconds)
+    monkeypatch.setattr("lightning_rmt.curvature.hessian._timed", lambda take, device: (next(clock), take()))
+    with Hessian(made.loss, made.parameters, made.batches) as H:
+        assert H.compare_routes(2) is faster
+        assert H.at_once is False  # the caller sets it
+
+
+def test_a_route_that_gives_other_numbers_or_fails_is_not_taken(monkeypatch):
+    made, found = cases.build("mlp tanh"), []
+
+    def timed(take, device):
+        found.append(take())
+        return 1.0 / len(found), found[-1] * (1.0 if len(found) == 1 else 1.001)
+
+    monkeypatch.setattr("lightning_rmt.curvature.hessian._timed", timed)
+    with Hessian(made.loss, made.parameters, made.batches) as H:
+        assert not H.compare_routes(2)
+    made = cases.build("checkpoint dropout")
+    with Hessian(made.loss, made.parameters, made.batches) as H:
+        assert not H.compare_routes(2)
+
+
 @pytest.mark.parametrize("name", ["mlp dropout", "uneven batches", "cnn batchnorm train", "checkpoint dropout"])
 def test_graphs_built_anew_give_the_same_products(name):
     made = cases.build(name)
@@ -213,7 +261,7 @@ class SynchronisationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["hessian", "anew", "gauss newton", "covariance", "finite difference"])
+@pytest.mark.parametrize("kind", ["hessian", "at once", "anew", "gauss newton", "covariance", "finite difference"])
 def test_products_never_wait_for_the_device(kind):
     made = cases.build("mlp tanh")
     weight = torch.tensor(6.0)  # a weight on the device must not be read in a product
@@ -221,6 +269,7 @@ def test_products_never_wait_for_the_device(kind):
     arguments = made.parameters, made.batches
     operator = {
         "hessian": lambda: Hessian(loss, *arguments),
+        "at once": lambda: Hessian(loss, *arguments),
         "anew": lambda: Hessian(loss, *arguments, keep_graphs=False),
         "gauss newton": lambda: GaussNewton(
             lambda b: made.model(b[0]), lambda out, b: (F.cross_entropy(out, b[1]), weight), *arguments
@@ -228,6 +277,7 @@ def test_products_never_wait_for_the_device(kind):
         "covariance": lambda: GradientCovariance(loss, *arguments),
         "finite difference": lambda: FiniteDifferenceHessian(loss, *arguments),
     }[kind]()
+    operator.at_once = kind == "at once"
     V = torch.randn(3, operator.size, dtype=operator.dtype)
     with SynchronisationCounter() as counter:
         operator.matmat(V)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_rmt.krylov.lanczos import lanczos, rounding_noise, start_vector
+from lightning_rmt.krylov.lanczos import lanczos, lanczos_lockstep, rounding_noise, start_vector
 from lightning_rmt.krylov.reductions import inner_products, norm
 
 
@@ -172,14 +172,15 @@ class CountSynchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("reorthogonalise", [True, False])
-def test_no_host_synchronisation_inside_a_run(reorthogonalise):
+@pytest.mark.parametrize("bases", [("full",), ("half",), ("none",), ("full", "none")])
+@pytest.mark.parametrize("stop", [None, lambda runs: False])
+def test_no_host_synchronisation_inside_a_run(bases, stop):
     operator = Diagonal(hessian_like(2000), torch.float32)
     start = start_vector(operator, 0)
     per_steps = []
     for steps in (2, 20):
         with CountSynchronisations() as count:
-            lanczos(operator, start, steps, reorthogonalise=reorthogonalise)
+            lanczos_lockstep(operator, [start] * len(bases), steps, bases=bases, stop=stop)
         per_steps.append(count.calls)
     assert per_steps[0] == per_steps[1] == []
     with CountSynchronisations() as count:  # the counter counts
@@ -213,3 +214,133 @@ def test_progress_is_reported_per_step():
     seen = []
     run(Diagonal(np.arange(50.0)), 7, on_step=seen.append)
     assert seen == [1, 2, 3, 4, 5, 6, 7]
+
+
+# --- several starts, other bases, early ends --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_lockstep_every_run_is_what_it_is_alone(dtype):
+    operator = Diagonal(hessian_like(2000), dtype)
+    starts = [start_vector(operator, seed) for seed in range(3)]
+    bases = ("full", "none", "full")
+    together = lanczos_lockstep(operator, starts, 30, bases=bases)
+    assert len(operator.seen) == 30
+    assert {len(V) for V in operator.seen} == {3}
+    for found, start, basis in zip(together, starts, bases, strict=True):
+        alone = lanczos(operator, start, 30, reorthogonalise=basis == "full")
+        np.testing.assert_array_equal(found.alpha, alone.alpha)
+        np.testing.assert_array_equal(found.beta, alone.beta)
+        assert found.reorthogonalised is alone.reorthogonalised
+
+
+def test_a_run_that_is_exhausted_doesnt_end_the_others():
+    values = np.zeros(500)
+    values[:40] = np.linspace(1, 5, 40)
+    operator = Diagonal(values)
+    few = torch.zeros(500, dtype=torch.float64)
+    few[:2] = 0.5**0.5
+    short, long = lanczos_lockstep(operator, [few, start_vector(operator, 0)], 30, bases=("full", "full"))
+    assert (short.steps, short.exhausted) == (2, True)
+    assert (long.steps, long.exhausted) == (30, False)
+
+
+def test_operators_that_return_what_they_were_given_come_to_no_harm():
+    class Identity(Diagonal):
+        def matmat(self, V):
+            return V
+
+    np.testing.assert_allclose(run(Identity(np.ones(50)), 5).nodes, [1.0])
+
+
+def test_a_basis_in_half_precision_keeps_copies_away():
+    """Its rounding is random, so what it leaves of a vector in a subspace shrinks with sqrt(n)."""
+    levels = np.linspace(4, 50, 10)
+    operator = Diagonal(hessian_like(100_000), torch.float32)
+    start = start_vector(operator, 0)
+    (half,) = lanczos_lockstep(operator, [start], 100, bases=("half",))
+    assert not half.reorthogonalised  # so that nothing is counted in it
+    assert copies(half, levels) == 0
+    full = lanczos(operator, start, 100)
+    for k in (1, 2):
+        np.testing.assert_allclose(half.weights @ half.nodes**k, full.weights @ full.nodes**k, rtol=1e-4)
+
+
+def test_a_basis_in_half_precision_takes_half_the_memory():
+    shapes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= 10 * 40_000:
+                shapes.append((tuple(out.shape), out.dtype))
+            return out
+
+    operator = Diagonal(hessian_like(40_000), torch.float32)
+    with Watch():
+        lanczos_lockstep(operator, [start_vector(operator, 0)], 10, bases=("half",))
+    assert {dtype for shape, dtype in shapes if shape == (10, 40_000)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("noise", [1e-3, None])
+def test_products_that_are_not_symmetric_to_rounding_get_a_second_pass(noise):
+    """Where beta falls far below the products' error, the recurrence leaves much of the basis behind."""
+
+    class Noisy(Diagonal):
+        def matmat(self, V):
+            product = super().matmat(V)
+            error = torch.randn(V.shape, generator=self.generator, dtype=V.dtype) / V.shape[1] ** 0.5
+            return product + 1e-3 * product.norm() * error
+
+    rng = np.random.default_rng(0)
+    operator = Noisy(np.concatenate([1e6 * np.linspace(1, 3, 5), rng.normal(size=5000)]))
+    operator.generator = torch.Generator().manual_seed(0)
+    if noise is not None:
+        operator.noise = noise
+    run(operator, 60)
+    Q = torch.cat(operator.seen)
+    loss = float((Q @ Q.T - torch.eye(len(Q), dtype=torch.float64)).abs().max())
+    assert (loss < 1e-13) if noise is not None else (loss > 1e-11)
+
+
+def test_a_rule_ends_the_run_and_sees_it_as_it_is():
+    operator = Diagonal(hessian_like(2000))
+    seen = []
+
+    def stop(runs):
+        seen.append(runs)
+        return runs[0].steps >= 12
+
+    starts = [start_vector(operator, 0), start_vector(operator, 1)]
+    found = lanczos_lockstep(operator, starts, 30, bases=("full", "none"), stop=stop, look_every=4)
+    assert [run.steps for run in found] == [12, 12]
+    assert [runs[0].steps for runs in seen] == [4, 8, 12]
+    whole = lanczos(operator, starts[0], 30)
+    np.testing.assert_array_equal(seen[1][0].alpha, whole.alpha[:8])
+    np.testing.assert_array_equal(found[0].beta, whole.beta[:12])
+
+
+def test_a_rule_is_never_asked_about_numbers_that_are_none():
+    asked = []
+    operator = Diagonal([1.0, np.nan, 2.0, 3.0])
+    with pytest.raises(ValueError, match="not finite"):
+        lanczos_lockstep(operator, [start_vector(operator, 0)], 4, bases=("full",), stop=asked.append)
+    assert asked == []
+    assert len(operator.seen) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_rule_on_a_gpu_sees_the_coefficients_of_the_look_before():
+    operator = Diagonal(hessian_like(2000))
+    operator.values, operator.device = operator.values.cuda(), torch.device("cuda")
+    seen = []
+    lanczos_lockstep(
+        operator,
+        [start_vector(operator, 0)],
+        20,
+        bases=("full",),
+        stop=lambda runs: seen.append(runs[0].steps),
+        look_every=4,
+    )
+    assert seen == [4, 8, 12]
