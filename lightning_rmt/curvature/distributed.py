@@ -33,6 +33,7 @@ class RankSum:
         device: of the vectors, the local operator's.
         dtype: of the vectors.
         noise: relative rounding error of a product, the largest of any rank.
+        exact: as the local operator's.
         samples: total weight of the batches over all ranks.
         loss_value: weighted mean loss over all ranks.
         gradient: weighted mean gradient over all ranks, shape (size,).
@@ -53,6 +54,7 @@ class RankSum:
         self.operator = operator
         self.group = group
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.exact = operator.exact
         self.products = 0
         self.error: Exception | None = None
 

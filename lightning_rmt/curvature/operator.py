@@ -32,7 +32,12 @@ class CurvatureOperator(ABC):
         gradient: weighted mean gradient, shape (size,), detached.
         used: for each parameter of the block, whether the loss depends on it.
         products: operator-vector products taken so far.
+        exact: whether products are exact up to rounding. Finite differences aren't: never take level statistics
+            from them.
     """
+
+    exact: bool = True
+    _twice: bool = True  # whether the loss is differentiated twice, which not every kernel can
 
     samples: float
     loss_value: float
@@ -83,7 +88,7 @@ class CurvatureOperator(ABC):
             raise ValueError(f"V must be {self.dtype} on {self.device}, got {V.dtype} on {V.device}")
         if self._released:
             raise RuntimeError(f"this {type(self).__name__} was released: its graphs are gone; build a new one")
-        with differentiable():  # a checkpoint recomputes its forward pass in here
+        with differentiable(twice=self._twice):  # a checkpoint recomputes its forward pass in here
             product = self._matmat(V.detach())
         self.products += V.shape[0]
         return product
