@@ -71,40 +71,13 @@ class FiniteDifferenceCheck(NamedTuple):
         )
 
 
-class Reference(NamedTuple):
-    """Products to measure others against: with a random unit vector u, and with v along Hu.
-
-    They are the first two vectors of a Lanczos run, but for the part of Hu along u. The bulk of the spectrum
-    decides about Hu, the largest eigenvalues about Hv, where the loss bends most and a step must be shortest.
-
-    Attributes:
-        u: random unit vector, shape (n,).
-        Hu: its product.
-        v: unit vector along Hu.
-        Hv: its product.
-        method: how the products were had.
-    """
-
-    u: Tensor
-    Hu: Tensor
-    v: Tensor
-    Hv: Tensor
-    method: str
-
-    @classmethod
-    def of(cls, u: Tensor, product: Callable[[Tensor], Tensor], method: str) -> Reference:
-        """Takes the two products."""
-        Hu = product(u)
-        v = direction(Hu)
-        return cls(u, Hu, v, product(v), method)
-
-
 class MeasuredError(NamedTuple):
     """Relative errors of finite differences against better products.
 
     Attributes:
-        random: ``|Du - Hu| / |Hu|``, D the finite differences and u a random vector.
-        leading: the same with ``Hu`` in place of u.
+        random: ``|Du - Hu| / |Hu|``, D the finite differences and u a random vector: as the bulk has it.
+        leading: ``|Dv - Hv| / |Hv|``, v along ``D(Du)``: as the largest eigenvalues have it, where the loss
+            bends most and a step must be shortest.
         quadratic: ``|u'Du - u'Hu| / |u'Hu|``.
         coarse: as ``random``, at a long step. Kinks make it large.
         step: length h of the displacement.
@@ -160,7 +133,7 @@ def self_checks(
     roughness = _worst(*(difference(product(x, 4 * coarse), product(x, coarse)) for x in (u, other)))
     lengths = [*steps, steps[-1] / 4]
     from_u = [product(u, h) for h in lengths]
-    v = direction(from_u[-1])
+    v = _direction(from_u[-1])
     from_v = [product(v, h) for h in lengths]
     return [
         FiniteDifferenceCheck(
@@ -175,38 +148,51 @@ def self_checks(
 
 
 def measure_errors(
-    product: Product, reference: Reference, step: float, coarse: float, tolerance: float, *, adjust: bool
+    product: Product,
+    better: Callable[[Tensor], Tensor],
+    method: str,
+    u: Tensor,
+    step: float,
+    coarse: float,
+    tolerance: float,
+    *,
+    adjust: bool,
 ) -> MeasuredError:
-    """Errors of ``product`` at the best step found. Takes 3 products, 5 with ``adjust``, and waits for the device.
+    """Errors of ``product`` at the best step found. Waits for the device.
 
-    Truncation grows with the step and is largest along ``Hu``, rounding shrinks with it and is largest along a
-    random vector. So one more step is tried, longer or shorter by the root of the two errors' ratio, which
-    balances them; the better one stays.
+    It takes 4 of the products, 6 with ``adjust``, and 2 of the better ones. Truncation grows with the step and is
+    largest along the leading eigenvectors, rounding shrinks with it and is largest along a random vector. So one
+    more step is tried, longer or shorter by the root of the two errors' ratio, which balances them; the better one
+    of both stays.
 
     Args:
-        product: finite differences of either kind.
-        reference: what they are measured against.
+        product: finite differences.
+        better: what they are measured against.
+        method: how the better products are had.
+        u: random unit vector.
         step: length to begin with.
         coarse: length at which to look for kinks.
         tolerance: of the result.
         adjust: try another step.
     """
-    kinks = difference(product(reference.u, coarse), reference.Hu)
+    Hu, Du = better(u), product(u, step)
+    v = _direction(product(_direction(Du), step))
+    Hv = better(v)
+    kinks = difference(product(u, coarse), Hu)
 
-    def at(h: float) -> MeasuredError:
-        Du, Dv = product(reference.u, h), product(reference.v, h)
-        quadratic = _ratio((reference.u @ (Du - reference.Hu)).abs(), (reference.u @ reference.Hu).abs())
-        random, leading = difference(Du, reference.Hu), difference(Dv, reference.Hv)
-        return MeasuredError(random, leading, quadratic, kinks, h, reference.method, tolerance)
+    def errors(h: float, Du: Tensor, Dv: Tensor) -> MeasuredError:
+        quadratic = _ratio((u @ (Du - Hu)).abs(), (u @ Hu).abs())
+        return MeasuredError(difference(Du, Hu), difference(Dv, Hv), quadratic, kinks, h, method, tolerance)
 
-    first = at(step)
+    first = errors(step, Du, product(v, step))
     if not (adjust and 0.0 < first.random < math.inf and 0.0 < first.leading < math.inf):
         return first
-    other = at(step * min(16.0, max(1 / 16, (first.random / first.leading) ** 0.5)))
-    return other if other.product < first.product else first
+    h = step * min(16.0, max(1 / 16, (first.random / first.leading) ** 0.5))
+    second = errors(h, product(u, h), product(v, h))
+    return second if second.product < first.product else first
 
 
-def direction(v: Tensor) -> Tensor:
+def _direction(v: Tensor) -> Tensor:
     """The unit vector along ``v``; zero stays zero."""
     return v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
 

@@ -34,9 +34,11 @@ class CurvatureOperator(ABC):
         products: operator-vector products taken so far.
         exact: whether products are exact up to rounding. Finite differences aren't: never take level statistics
             from them.
+        product_error: relative error of a product as measured, where products aren't exact; else None.
     """
 
     exact: bool = True
+    product_error: float | None = None
     _twice: bool = True  # whether the loss is differentiated twice, which not every kernel can
 
     samples: float
