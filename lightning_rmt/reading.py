@@ -32,6 +32,8 @@ class Reading:
         symmetry_error: ``|u'Hv - v'Hu| / |Hu|`` with random u and v along Hu; None where it wasn't tested.
         repeat_error: relative difference of the same product taken twice; None where it wasn't tested.
         notes: sentences for the user: what was refused or looks wrong, and why.
+        product: ``"exact"`` or ``"finite_difference"``.
+        product_error: relative error of a product of finite differences, as measured; None where it is exact.
     """
 
     step: int
@@ -47,6 +49,8 @@ class Reading:
     symmetry_error: float | None = None
     repeat_error: float | None = None
     notes: tuple[str, ...] = ()
+    product: str = "exact"
+    product_error: float | None = None
 
     @property
     def sharpness_times_lr(self) -> float | None:

@@ -181,7 +181,7 @@ def measure_errors(
     kinks = difference(product(u, coarse), Hu)
 
     def errors(h: float, Du: Tensor, Dv: Tensor) -> MeasuredError:
-        quadratic = _ratio((u @ (Du - Hu)).abs(), (u @ Hu).abs())
+        quadratic = _ratio(_dot(u, Du - Hu).abs(), _dot(u, Hu).abs())
         return MeasuredError(difference(Du, Hu), difference(Dv, Hv), quadratic, kinks, h, method, tolerance)
 
     first = errors(step, Du, product(v, step))
@@ -195,6 +195,10 @@ def measure_errors(
 def _direction(v: Tensor) -> Tensor:
     """The unit vector along ``v``; zero stays zero."""
     return v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.double(), b.double())
 
 
 def _worst(*numbers: float) -> float:

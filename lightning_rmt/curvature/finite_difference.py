@@ -272,7 +272,9 @@ class FiniteDifferenceHessian(CurvatureOperator):
         if not self._displacements:  # the same memory for every displacement
             self._displacements = [torch.empty_like(p.data) for p in tensors]
         parts = self.block.split(v)
-        moved = [(p, p.data, parts[i], to) for i, p, to in zip(self._trainable, tensors, self._displacements, strict=True)]
+        moved = [
+            (p, p.data, parts[i], to) for i, p, to in zip(self._trainable, tensors, self._displacements, strict=True)
+        ]
         try:
             with torch.no_grad():
                 for p, original, part, displaced in moved:

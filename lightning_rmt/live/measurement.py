@@ -31,6 +31,7 @@ class LiveMeasurement:
         parameters: names of the measured parameters.
         warnings: what the user should be warned of, about the module.
         notes: further sentences to keep with the reading.
+        product_error: of finite differences, the largest of any rank; None where products are exact.
     """
 
     measurement: Measurement
@@ -38,6 +39,7 @@ class LiveMeasurement:
     parameters: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    product_error: float | None
 
 
 def measure_live(
@@ -74,7 +76,8 @@ def measure_live(
                 raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
             hooks = hook_notes(module)
             seed = _mix(settings.seed, step, ranks.rank)
-            stack.enter_context(fence(trainer, module, seed=seed, autocast=settings.autocast))
+            modes = {"autocast": settings.autocast, "first_order": settings.first_order}
+            stack.enter_context(fence(trainer, module, seed=seed, **modes))
             stack.enter_context(unsharded(module))
             mixed = settings.autocast and "mixed" in str(trainer.precision)
             operator, warnings, notes = build_operator(module, batches, settings, mixed_precision=mixed)
@@ -102,7 +105,8 @@ def measure_live(
                     raise shared.error from None  # rather than the NaN that it made of the sum
                 raise
 
-        return LiveMeasurement(ranks.together(run), int(shared.samples), operator.block.names, warnings, notes)
+        measured, names, error = ranks.together(run), operator.block.names, shared.product_error
+        return LiveMeasurement(measured, int(shared.samples), names, warnings, notes, error)
 
 
 def _announcement(name: str, cost: Forecast) -> str:

@@ -31,3 +31,8 @@ class ProbeSettings:
     batches: int
     seed: int
     name: str
+
+    @property
+    def first_order(self) -> bool:
+        """Whether one derivative is enough, so that the model may keep its own kernels."""
+        return self.curvature == "hessian" and self.product == "finite_difference"
