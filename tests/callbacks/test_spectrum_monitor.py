@@ -333,6 +333,8 @@ def test_operation_without_second_derivative_falls_back_to_checked_differences(t
     assert len([w for w in caught if "embedding_bag" in str(w.message)]) == 1  # of three probes
     assert any("finite differences" in note for note in watch.reading.notes)
     assert any("embedding_bag" in note for note in watch.reading.notes)
+    assert watch.reading.product == "finite_difference"
+    assert 0.0 < watch.reading.product_error < 0.02
 
 
 def test_neither_second_derivatives_nor_finite_differences(tmp_path):
