@@ -46,6 +46,14 @@ def ours(case: Case, steps: int, probes: int) -> float:
         return float(estimate_spectrum(H, steps=steps, probes=probes).nodes.max())
 
 
+def differences(case: Case, steps: int, probes: int) -> float:
+    from lightning_rmt import estimate_spectrum
+    from lightning_rmt.curvature.finite_difference import FiniteDifferenceHessian
+
+    with FiniteDifferenceHessian(case.loss, case.parameters, [case.batch], scheme="forward") as H:
+        return float(estimate_spectrum(H, steps=steps, probes=probes).nodes.max())
+
+
 def eigenthings(case: Case, steps: int, probes: int) -> float:
     from hessian_eigenthings.algorithms.spectral_density import spectral_density
 
@@ -117,10 +125,18 @@ def _curvlinops_operator(case: Case) -> Any:
 CONTENDERS: dict[str, tuple[Callable[[Case, int, int], float], int]] = {
     "ours, 2 probes": (ours, 2),
     "ours, 1 probe": (ours, 1),
+    "ours, finite differences, 2 probes": (differences, 2),
     "hessian-eigenthings": (eigenthings, 2),
     "PyHessian": (pyhessian, 2),
     "curvlinops": (curvlinops, 2),
 }
+PEERS = list(CONTENDERS)[3:]
+SMOOTH = ("gpt", "lstm")  # finite differences refuse the kinks of the others
+
+
+def contenders(key: str) -> list[str]:
+    """Those that can take on a model."""
+    return [name for name in CONTENDERS if CONTENDERS[name][0] is not differences or key in SMOOTH]
 
 
 @contextmanager
@@ -177,7 +193,7 @@ def time_case(key: str, steps: int, repeats: int) -> dict[str, Any]:
     case = CASES[key]()
     able = {}
     rows: dict[str, Any] = {}
-    for name in CONTENDERS:  # also warms up
+    for name in contenders(key):  # also warms up
         works, error, portable = choose_kernels(name, case)
         rows[name] = {"error": error, "portable": portable, "works": works}
         if works:
@@ -248,7 +264,7 @@ def measure_memory(key: str, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": steps}
     # Small allocations go back to the system at once, so that what a warm-up left behind isn't counted as free.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for name in ("gradient", *CONTENDERS):
+    for name in ("gradient", *contenders(key)):
         command = [sys.executable, __file__, "--child", name, "--models", key, "--steps", str(steps)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -408,10 +424,10 @@ def report(store: dict[str, Any]) -> str:
         keys = [key for key in CASES if key in times]
         rows = []
         for name in CONTENDERS:
-            rows.append([name, *(_time_cell(times[key]["rows"][name]) for key in keys)])
+            rows.append([name, *(_time_cell(times[key]["rows"].get(name)) for key in keys)])
         lines += table(["", *keys], rows)
         lines += ["", "Ours with 2 probes over each peer (below 1: ours is faster):", ""]
-        rows = [[name, *(_ratio_cell(times[key]["rows"], name) for key in keys)] for name in list(CONTENDERS)[2:]]
+        rows = [[name, *(_ratio_cell(times[key]["rows"], name) for key in keys)] for name in PEERS]
         lines += table(["", *keys], rows)
         lines.append("")
         for key in keys:
@@ -425,9 +441,10 @@ def report(store: dict[str, Any]) -> str:
         rows = []
         for name in CONTENDERS:
             for key in keys:
-                if times[key]["rows"][name]["error"]:
-                    fixed = "runs with portable kernels" if times[key]["rows"][name]["works"] else "no figure"
-                    rows.append([name, key, f"`{times[key]['rows'][name]['error']}`", fixed])
+                row = times[key]["rows"].get(name, {})
+                if row.get("error"):
+                    fixed = "runs with portable kernels" if row["works"] else "no figure"
+                    rows.append([name, key, f"`{row['error']}`", fixed])
         if rows:
             lines += ["", "\\* fails as installed:", "", *table(["", "model", "error", "then"], rows)]
         if _eig_is_gone():
@@ -438,7 +455,8 @@ def report(store: dict[str, Any]) -> str:
             ]
         lines += ["", "Largest Ritz value found, to see that all measure the same matrix (start vectors differ):", ""]
         rows = [
-            [name, *(_number(times[key]["rows"][name].get("largest"), ".5g") for key in keys)] for name in CONTENDERS
+            [name, *(_number(times[key]["rows"].get(name, {}).get("largest"), ".5g") for key in keys)]
+            for name in CONTENDERS
         ]
         lines += [*table(["", *keys], rows), ""]
     if "outliers" in store:
@@ -470,13 +488,20 @@ def report(store: dict[str, Any]) -> str:
         lines += [f"Lanczos steps per start: {counts}.", ""]
         rows = []
         for name in ("gradient", *CONTENDERS):
-            cells = [store["memory"][key][name] for key in keys]
-            rows.append([name, *(_number(c["bytes"] / 1e6, ".0f") if "bytes" in c else "fails" for c in cells)])
+            rows.append([name, *(_memory_cell(store["memory"][key].get(name)) for key in keys)])
         lines += [*table(["", *keys], rows), ""]
     return "\n".join(lines)
 
 
-def _time_cell(row: dict[str, Any]) -> str:
+def _memory_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return _number(row["bytes"] / 1e6, ".0f") if "bytes" in row else "fails"
+
+
+def _time_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
     if "cpu" not in row:
         return "fails*"
     low, high = row["cpu_range"]

@@ -34,6 +34,8 @@ class Reading:
         notes: sentences for the user: what was refused or looks wrong, and why.
         speed: ``"full"``, or ``"light"``: the probe ended once the outermost eigenvalues were certified, and nothing else of
             its spectrum should be relied on.
+        product: ``"exact"`` or ``"finite_difference"``.
+        product_error: relative error of a product of finite differences, as measured; None where it is exact.
     """
 
     step: int
@@ -50,6 +52,8 @@ class Reading:
     repeat_error: float | None = None
     notes: tuple[str, ...] = ()
     speed: str = "full"
+    product: str = "exact"
+    product_error: float | None = None
 
     @property
     def light(self) -> bool:

@@ -33,6 +33,8 @@ class RankSum:
         device: of the vectors, the local operator's.
         dtype: of the vectors.
         noise: relative rounding error of a product, the largest of any rank.
+        exact: as the local operator's.
+        product_error: relative error of a product as measured, the largest of any rank; None where they are exact.
         samples: total weight of the batches over all ranks.
         loss_value: weighted mean loss over all ranks.
         gradient: weighted mean gradient over all ranks, shape (size,).
@@ -53,6 +55,7 @@ class RankSum:
         self.operator = operator
         self.group = group
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.exact = operator.exact
         self.products = 0
         self.error: Exception | None = None
 
@@ -68,7 +71,9 @@ class RankSum:
                 f"the ranks' operators differ: this one has {shape[1]:g} parameters with {shape[0]:g} entries, the "
                 f"mean over {world} ranks is {totals[4] / world:g} with {totals[3] / world:g}"
             )
-        self.noise: float = self._sum(torch.tensor(operator.noise, dtype=torch.float64), dist.ReduceOp.MAX).item()
+        errors = torch.tensor([operator.noise, operator.product_error or 0.0], dtype=torch.float64)
+        self.noise, error = self._sum(errors, dist.ReduceOp.MAX).tolist()
+        self.product_error = None if operator.exact else error
         self.samples: float = totals[0]
         self.loss_value: float = totals[1] / self.samples
         self._fraction = operator.samples / self.samples

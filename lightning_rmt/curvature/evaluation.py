@@ -46,16 +46,19 @@ class Evaluation(NamedTuple):
 
 
 @contextmanager
-def differentiable() -> Iterator[None]:
-    """Modes that make a loss differentiable twice, in its forward pass and in a checkpoint's recomputation.
+def differentiable(*, twice: bool = True) -> Iterator[None]:
+    """Modes that make a loss differentiable, in its forward pass and in a checkpoint's recomputation.
 
-    Gradients on, inference mode off, and `twice_differentiable_kernels`. Errors of autograd leave translated by
-    `explain`.
+    Gradients on and inference mode off. Errors of autograd leave translated by `explain`.
+
+    Args:
+        twice: also keep to `twice_differentiable_kernels`; False leaves the model its own.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(twice_differentiable_kernels())
+        if twice:
+            stack.enter_context(twice_differentiable_kernels())
         try:
             yield
         except RuntimeError as error:  # NotImplementedError is one
@@ -188,13 +191,14 @@ class Mean:
 
     Attributes:
         weights: of the batches so far.
+        weighted_gradient: sum of the gradients times their weights, shape (size,).
         used: for each parameter, whether some batch's loss depends on it.
     """
 
     def __init__(self, block: ParameterBlock) -> None:
         self._block = block
         self._losses: list[Tensor] = []
-        self._gradient = torch.zeros(block.size, dtype=block.dtype, device=block.device)
+        self.weighted_gradient = torch.zeros(block.size, dtype=block.dtype, device=block.device)
         self.weights: list[float] = []
         self.used = [False] * len(block.tensors)
 
@@ -202,7 +206,7 @@ class Mean:
         """Adds one batch and returns its flat detached gradient, shape (size,)."""
         flat = self._block.flatten([None if g is None else g.detach() for g in gradients])
         weight = evaluation.weight()
-        self._gradient.add_(flat, alpha=weight)
+        self.weighted_gradient.add_(flat, alpha=weight)
         self._losses.append(evaluation.loss.detach())
         self.weights.append(weight)
         self.used = [used or g is not None for used, g in zip(self.used, gradients, strict=True)]
@@ -221,7 +225,7 @@ class Mean:
     @property
     def gradient(self) -> Tensor:
         """Weighted mean gradient, shape (size,)."""
-        return self._gradient / self.total
+        return self.weighted_gradient / self.total
 
     def loss(self) -> float:
         """Weighted mean loss; all losses move to the host together.

@@ -33,7 +33,14 @@ class CurvatureOperator(ABC):
         used: for each parameter of the block, whether the loss depends on it.
         products: operator-vector products taken so far.
         at_once: whether products with several vectors are taken together, where there is a choice; see `compare_routes`.
+        exact: whether products are exact up to rounding. Finite differences aren't: never take level statistics
+            from them.
+        product_error: relative error of a product as measured, where products aren't exact; else None.
     """
+
+    exact: bool = True
+    product_error: float | None = None
+    _twice: bool = True  # whether the loss is differentiated twice, which not every kernel can
 
     samples: float
     loss_value: float
@@ -87,7 +94,7 @@ class CurvatureOperator(ABC):
             raise RuntimeError(f"this {type(self).__name__} was released: its graphs are gone; build a new one")
         if V.shape[0] == 0:
             return torch.empty_like(V)
-        with differentiable():  # a checkpoint recomputes its forward pass in here
+        with differentiable(twice=self._twice):  # a checkpoint recomputes its forward pass in here
             product = self._matmat(V.detach())
         self.products += V.shape[0]
         return product

@@ -34,6 +34,7 @@ class LiveMeasurement:
         warnings: what the user should be warned of, about the module.
         notes: further sentences to keep with the reading.
         learned: what the next probe needn't find out again.
+        product_error: of finite differences, the largest of any rank; None where products are exact.
     """
 
     measurement: Measurement
@@ -42,6 +43,7 @@ class LiveMeasurement:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     learned: Learned
+    product_error: float | None
 
 
 def measure_live(
@@ -85,7 +87,8 @@ def measure_live(
                 raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
             hooks = hook_notes(module)
             seed = _mix(settings.seed, step, ranks.rank)
-            stack.enter_context(fence(trainer, module, seed=seed, autocast=settings.autocast))
+            modes = {"autocast": settings.autocast, "first_order": settings.first_order}
+            stack.enter_context(fence(trainer, module, seed=seed, **modes))
             stack.enter_context(unsharded(module))
             mixed = settings.autocast and "mixed" in str(trainer.precision)
             operator, warnings, notes = build_operator(
@@ -123,7 +126,9 @@ def measure_live(
             product="exact" if isinstance(operator, Hessian) else learned.product,
             at_once=operator.at_once if probes > 1 else learned.at_once,
         )
-        return LiveMeasurement(measurement, int(shared.samples), operator.block.names, warnings, notes, found)
+        return LiveMeasurement(
+            measurement, int(shared.samples), operator.block.names, warnings, notes, found, shared.product_error
+        )
 
 
 def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Until:

@@ -70,10 +70,11 @@ def build_operator(
     Args:
         module: the LightningModule, fenced and (if it was sharded) gathered.
         captured: this rank's curvature batches, at least one.
-        settings: which matrix of which parameters.
+        settings: which matrix of which parameters, and how.
         mixed_precision: whether the fence computes in it.
-        product: ``"auto"`` tries double backward once and falls back to finite differences, which check themselves, where
-            an operation has no second derivative.
+        product: ``"auto"`` tries double backward once and falls back to central differences, which check themselves, where
+            an operation has no second derivative; ``"finite_difference"`` takes forward differences, whose error is
+            measured.
 
     Raises:
         CurvatureError: the product can't be had; the message says what to do.
@@ -99,8 +100,7 @@ def _operator(
     if settings.curvature == "gradient_covariance":
         return GradientCovariance(loss, chosen, captured, settings.microbatch), (), ()
     if settings.product == "finite_difference":
-        operator, note = _finite_differences(loss, chosen, captured, "product='finite_difference' was asked for")
-        return operator, (), (note,)
+        return _forward_differences(loss, chosen, captured)
     try:
         hessian = Hessian(loss, chosen, captured)
         if product == "auto":
@@ -119,6 +119,26 @@ def _operator(
             ) from refused
         return operator, (note,), ()
     return hessian, (), ()
+
+
+def _forward_differences(
+    loss: Any, chosen: list[tuple[str, Tensor]], captured: Sequence[CapturedBatch]
+) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
+    try:
+        operator = FiniteDifferenceHessian(loss, chosen, captured, scheme="forward")
+    except CurvatureError as refused:
+        raise CurvatureError(
+            f"product='finite_difference' can't be had from this loss, product='auto' may: {refused}"
+        ) from refused
+    measured = operator.measured
+    assert measured is not None  # unless a tolerance of infinity asks for none
+    doubts = f" ({operator.doubts})" if operator.doubts else ""
+    note = (
+        f"products are forward differences of gradients, step {measured.step:.1e}. Against {measured.method}{doubts} they "
+        f"err by {measured.product:.1e}, and by {measured.quadratic:.1e} in the quadratic form of a random vector: good for "
+        "density and outliers, never for level statistics"
+    )
+    return operator, (), (note,)
 
 
 def _finite_differences(

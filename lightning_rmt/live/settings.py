@@ -32,6 +32,11 @@ class ProbeSettings:
     seed: int
     name: str
 
+    @property
+    def first_order(self) -> bool:
+        """Whether one derivative is enough, so that the model may keep its own kernels."""
+        return self.curvature == "hessian" and self.product == "finite_difference"
+
 
 @dataclass(frozen=True)
 class Learned:

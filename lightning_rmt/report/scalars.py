@@ -176,3 +176,5 @@ def _run(reading: Reading) -> Iterator[_Item]:
     if not reading.light:
         yield _Item("symmetry_error", reading.symmetry_error, "not tested at this reading")
         yield _Item("repeat_error", reading.repeat_error, "not tested at this reading")
+    if reading.product != "exact":  # else there is no such number, which needs no sentence
+        yield _Item("product_error", reading.product_error, "not measured at this reading")

@@ -419,6 +419,8 @@ def test_operation_without_second_derivative_falls_back_to_checked_differences(t
     assert len([w for w in caught if "embedding_bag" in str(w.message)]) == 1  # of three probes
     assert any("finite differences" in note for note in watch.reading.notes)
     assert any("embedding_bag" in note for note in watch.reading.notes)
+    assert watch.reading.product == "finite_difference"
+    assert 0.0 < watch.reading.product_error < 0.02
 
 
 def test_neither_second_derivatives_nor_finite_differences(tmp_path):
@@ -433,9 +435,38 @@ def test_neither_second_derivatives_nor_finite_differences(tmp_path):
 
 
 def test_finite_differences_that_were_asked_for_are_noted_without_a_warning(tmp_path):
-    watch = monitor(product="finite_difference")
-    fit(watch, tmp_path)
-    assert "finite differences of gradients" in watch.reading.notes[0]
+    exact, watch = monitor(lanczos_steps=20), monitor(lanczos_steps=20, product="finite_difference")
+    fit(exact, tmp_path)
+    trainer = fit(watch, tmp_path)
+    note = watch.reading.notes[0]
+    assert "products are forward differences of gradients" in note
+    assert f"Against double backward they err by {watch.reading.product_error:.1e}, and by" in note
+    assert (exact.reading.product, exact.reading.product_error, exact.reading.notes) == ("exact", None, ())
+    assert watch.reading.product == "finite_difference"
+    assert exact.reading.spectrum.noise < watch.reading.product_error < 0.02
+    assert watch.reading.spectrum.noise == 2 * watch.reading.product_error
+    found, truth = watch.reading.spectrum.lambda_max, exact.reading.spectrum.lambda_max
+    assert 0.0 < abs(found.value - truth.value) <= found.residual
+    logged = events(trainer.log_dir).Scalars("rmt/product_error")
+    assert logged[-1].value == pytest.approx(watch.reading.product_error, rel=1e-6)
+
+
+def test_finite_differences_of_a_network_with_kinks_are_refused(tmp_path):
+    class Kinks(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    watch = SpectrumMonitor(every_n_steps=20, figures_every=0, product="finite_difference")
+    with pytest.warns(UserWarning, match=r"product='auto' may: finite differences can't be trusted.* has kinks"):
+        fit(watch, tmp_path, module=Kinks())
+    assert watch.reading is None
 
 
 def test_gradient_hooks_and_unreached_parameters_are_warned_of_and_noted(tmp_path):

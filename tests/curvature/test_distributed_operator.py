@@ -72,6 +72,7 @@ def compare(rank):
             "loss": operator.loss_value,
             "samples": operator.samples,
             "products": operator.products,
+            "product_error": operator.product_error,
             "error": operator.error,
         }
     return results
@@ -85,6 +86,7 @@ class Failing(CurvatureOperator):
         self.samples, self.loss_value, self.gradient, self.used = 1.0, 0.0, torch.zeros(3), (True,)
         self.raises, self.calls = error, 0
         self.noise = 0.25 if error is None else 0.5
+        self.exact, self.product_error = False, self.noise / 2
 
     def _matmat(self, V):
         self.calls += 1
@@ -100,7 +102,14 @@ def fail(rank):
     seen = [operator.matmat(torch.ones(2, 3)) for _ in range(4)]
     after = torch.tensor([float(rank)])
     dist.all_reduce(after)  # the ranks are still paired: this is the training's own reduction
-    return {"seen": seen, "error": repr(operator.error), "calls": inner.calls, "after": after, "noise": operator.noise}
+    return {
+        "seen": seen,
+        "error": repr(operator.error),
+        "calls": inner.calls,
+        "after": after,
+        "noise": operator.noise,
+        "product_error": operator.product_error,
+    }
 
 
 def keep(rank):
@@ -228,6 +237,11 @@ def test_one_collective_per_product(outcomes, kind):
     assert [rank[kind]["calls"] for rank in outcomes["compare"]] == [["all_reduce"]] * 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_finite_differences_have_a_measured_error(outcomes, kind):
+    assert all((rank[kind]["product_error"] is None) is (kind != "finite difference") for rank in outcomes["compare"])
+
+
 def test_plain_means_would_be_wrong(outcomes):
     """The control: shards of 8 and 3 samples, so equal weights are not the answer."""
     made = cases.build("uneven batches")
@@ -252,6 +266,7 @@ def test_a_rank_that_raises_gives_nan_everywhere_and_nobody_hangs(outcomes):
     assert bad["error"] == "ValueError('out of luck')"
     assert (good["calls"], bad["calls"]) == (4, 2)  # what has failed is not tried again
     assert good["noise"] == bad["noise"] == 0.5  # each rank's own is 0.25 and 0.5
+    assert good["product_error"] == bad["product_error"] == 0.25
 
 
 def test_the_exception_that_is_kept_does_not_keep_activations(outcomes):

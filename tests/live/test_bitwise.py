@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from bitwise_cases import CASES
+from functorch.compile import make_boxed_func
 from harness import EVERY, Case, Fingerprint, ProductProbe, differences, train
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 import lightning_rmt.live.fence
@@ -57,6 +60,9 @@ def outputs(module, batch):
     ("name", "options"),
     [
         ("mlp, SGD", {"product": "finite_difference"}),
+        ("embeddings, LSTM, attention", {"product": "finite_difference"}),
+        ("compiled, aot_eager", {"product": "finite_difference"}),
+        pytest.param("compiled, inductor", {"product": "finite_difference"}, marks=INDUCTOR),
         ("mlp, Adam, scheduler, torchmetrics", {"curvature": "gradient_covariance"}),
         ("mlp, SGD", {"curvature": "ggn", "outputs_fn": outputs}),
         ("bf16-mixed", {"autocast": True}),
@@ -68,6 +74,27 @@ def test_training_is_the_same_with_other_measurements(name, options, tmp_path, t
     monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, on_error="raise", **options)
     assert differences(train(case, tmp_path, monitor), control(case, tmp_path_factory.getbasetemp())) == []
     assert monitor.history
+
+
+def test_finite_differences_run_compiled_code_as_training_does(tmp_path):
+    """And compile nothing: `graphs` is one of the entries that are compared above."""
+
+    def runs(probe):
+        ran = []
+
+        def compiler(graph, inputs):
+            return make_boxed_func(lambda *values: ran.append(1) or graph.forward(*values))
+
+        backend = aot_autograd(fw_compiler=compiler)
+        train(replace(case_named("compiled, aot_eager"), compiled=backend), tmp_path, probe)
+        return len(ran)
+
+    def monitor(product):
+        return SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, on_error="raise", product=product)
+
+    alone = runs(None)
+    assert runs(monitor("exact")) == alone > 0
+    assert runs(monitor("finite_difference")) > alone + 2 * 4 * 2  # two passes for each product, of two probes at least
 
 
 def case_named(name: str) -> Case:

@@ -81,6 +81,37 @@ def test_compiled_code_runs_eagerly_only_inside():
     assert len(compiled) == 1
 
 
+def test_for_first_derivatives_compiled_code_runs_compiled_and_none_is_compiled_anew():
+    compiled, ran = [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lambda *values: ran.append(1) or graph.forward(*values)
+
+    torch._dynamo.reset()
+    net = nn.Linear(2, 2)
+    step = torch.compile(lambda x: net(x).square().mean(), backend=backend)
+    with fence(None, net, seed=0, first_order=True):
+        step(torch.randn(3, 2))
+    assert (compiled, ran) == ([], [])
+    step(torch.randn(3, 2))
+    assert (len(compiled), len(ran)) == (1, 1)
+    with fence(None, net, seed=0, first_order=True):
+        step(torch.randn(3, 2))  # what is there is used
+        step(torch.randn(3, 2).double().float().requires_grad_())  # what isn't is not made
+    assert (len(compiled), len(ran)) == (1, 2)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_attention_kernel(first_order):
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    fused = "ScaledDotProductFlashAttention"
+    if fused not in type(F.scaled_dot_product_attention(q, q, q).grad_fn).__name__:
+        pytest.skip("no fused attention kernel on this CPU")
+    with fence(None, nn.Linear(1, 1), seed=0, first_order=first_order):
+        assert (fused in type(F.scaled_dot_product_attention(q, q, q).grad_fn).__name__) is first_order
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_autocast_only_when_asked_for(autocast):
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,19 @@ def test_a_reading_comes_back(exact, tmp_path):
     (read,) = load_run(tmp_path)["rmt"]
     assert (read.step, read.notes, read.parameters, read.learning_rate) == (42, ("a note",), ("weight",), 0.1)
     assert np.array_equal(read.spectrum.nodes, exact.spectrum.nodes)
+
+
+def test_what_is_known_of_the_product_comes_back_and_may_be_missing(exact, tmp_path):
+    path = save_reading(replace(exact, product="finite_difference", product_error=2e-3), tmp_path)
+    read = Reading.load(path)
+    assert (read.product, read.product_error) == ("finite_difference", 2e-3)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    meta = json.loads(str(arrays["reading"]))
+    del meta["product"], meta["product_error"]  # as older versions wrote it
+    np.savez(path, **{**arrays, "reading": np.array(json.dumps(meta))})
+    old = Reading.load(path)
+    assert (old.product, old.product_error, old.step) == ("exact", None, read.step)
 
 
 def test_steps_are_sorted_as_numbers_and_monitors_kept_apart(exact, tmp_path):

@@ -52,6 +52,12 @@ def trained_truth():
     return trained_eigenvalues()
 
 
+def test_error_of_finite_differences(any_reading):
+    assert "rmt/product_error" not in {**scalars(any_reading), **refusals(any_reading)}
+    differences = replace(any_reading, product="finite_difference", product_error=2e-3)
+    assert scalars(differences)["rmt/product_error"] == 2e-3
+
+
 def test_every_tag_is_either_a_finite_number_or_a_sentence(any_reading):
     numbers, reasons = split(any_reading)
     assert all(math.isfinite(value) and type(value) is float for value in numbers.values())

@@ -20,7 +20,7 @@ Each of `PARTS` guards one thing; tests/live/test_fence.py takes them away one a
 | `trainer_state` | `should_stop`, learning rates, schedulers, what the logger connector remembers |
 | `logging` | `self.log`, `self.print`, the loggers and the profiler are silent inside |
 | `training_flags` | `module.training` of every submodule |
-| `twice_differentiable` | eager execution; kernels that have a second derivative; dense embedding gradients |
+| `twice_differentiable` | eager code, kernels with a second derivative (not `first_order`); dense embedding gradients |
 | `precision` | autocast off, or as trained |
 
 What no fence can take back: files and prints of the user's own, messages to services (a `wandb.log` that bypasses the
@@ -63,7 +63,9 @@ PARTS: tuple[Callable[[Enclosure, ExitStack], None], ...] = (
 
 
 @contextmanager
-def fence(trainer: Any, module: nn.Module, *, seed: int, autocast: bool = False) -> Iterator[None]:
+def fence(
+    trainer: Any, module: nn.Module, *, seed: int, autocast: bool = False, first_order: bool = False
+) -> Iterator[None]:
     """Guard training against whatever the block does with the module.
 
     Costs about a millisecond for a network of the size of a ResNet-18 and copies the buffers, but no trained parameter;
@@ -76,12 +78,14 @@ def fence(trainer: Any, module: nn.Module, *, seed: int, autocast: bool = False)
             masks of dropout are the same when a run is resumed.
         autocast: False computes in the parameters' own precision; True as the Trainer's `precision` computes, which
             under "bf16-mixed" costs two to three digits of a Hessian-vector product.
+        first_order: the loss is differentiated once only: fused and compiled code runs as it does in training, and
+            nothing is compiled that isn't yet.
 
     Yields:
         Nothing. Everything is restored on leaving, whichever way the block is left, and a step of the restoration that
         fails doesn't keep the others from running.
     """
-    enclosure = enclose(trainer, module, seed=seed, autocast=autocast)
+    enclosure = enclose(trainer, module, seed=seed, autocast=autocast, first_order=first_order)
     with ExitStack() as undo:
         for part in PARTS:
             part(enclosure, undo)

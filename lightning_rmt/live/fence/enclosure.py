@@ -24,6 +24,7 @@ class Enclosure:
         device: where it trains.
         seed: of the generators inside.
         autocast: whether to compute as the Trainer's precision plugin does.
+        first_order: whether one derivative is all that is wanted.
         copies: by `id` of a tensor, the tensor and the copy that stands in for it inside, so that a tensor that two
             modules share is shared inside as well.
     """
@@ -34,6 +35,7 @@ class Enclosure:
     device: torch.device
     seed: int
     autocast: bool
+    first_order: bool = False
     copies: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def copy_of(self, tensor: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ class Enclosure:
         return list(found.values())
 
 
-def enclose(trainer: Any, module: nn.Module, *, seed: int, autocast: bool) -> Enclosure:
+def enclose(trainer: Any, module: nn.Module, *, seed: int, autocast: bool, first_order: bool = False) -> Enclosure:
     """Find out what there is to guard."""
     modules: dict[int, nn.Module] = {}
     waiting: list[nn.Module] = [module]
@@ -58,7 +60,7 @@ def enclose(trainer: Any, module: nn.Module, *, seed: int, autocast: bool) -> En
             if id(found) not in modules:
                 modules[id(found)] = found
                 waiting.extend(_hidden_modules(found))
-    return Enclosure(trainer, module, tuple(modules.values()), _device(trainer, module), seed, autocast)
+    return Enclosure(trainer, module, tuple(modules.values()), _device(trainer, module), seed, autocast, first_order)
 
 
 def _hidden_modules(module: nn.Module) -> Iterator[nn.Module]:

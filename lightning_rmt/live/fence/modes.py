@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 
 import torch
@@ -36,11 +37,19 @@ def twice_differentiable(enclosure: Enclosure, undo: ExitStack) -> None:
 
     See `twice_differentiable_kernels`; further, cuDNN's recurrent kernels and sparse gradients can't. And an embedding
     with `max_norm` rescales rows of its weight in the forward pass: inside, its rows are taken as they are.
+
+    For first derivatives the kernels stay the module's own.
     """
-    undo.enter_context(twice_differentiable_kernels())
-    if enclosure.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in enclosure.modules):
-        undo.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
-        torch.backends.cudnn.enabled = False
+    if enclosure.first_order:
+        if "torch._dynamo" in sys.modules:
+            # What the fence puts in the way of a compiled step may fail its guards; then it runs eagerly, since
+            # another graph would count against the limit of training's own.
+            undo.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+    else:
+        undo.enter_context(twice_differentiable_kernels())
+        if enclosure.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in enclosure.modules):
+            undo.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+            torch.backends.cudnn.enabled = False
     for module in enclosure.modules:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             undo.callback(setattr, module, "sparse", module.sparse)
