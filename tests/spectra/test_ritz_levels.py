@@ -117,18 +117,29 @@ def test_an_exhausted_run_holds_eigenvalues_only():
     assert spectrum.lambda_min.value == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("steps", [60, 100, 150])
-def test_copies_of_a_degenerate_level_are_one_level(steps):
-    # Rounding brings copies in late; each alone passes for a level with a residual of zero.
+@pytest.mark.parametrize("steps", [44, 52, 60, 100, 150])
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_copies_of_a_degenerate_level_are_one_level(steps, order):
+    # Rounding brings copies in late; each alone passes for a level with a residual of zero. At which step depends on the
+    # order of summation, hence on the machine, and here on the order of the eigenvalues. On its way up a copy passes the
+    # levels 3 and 4 as a Ritz value that is no eigenvalue: its residual says so, and it costs certificates.
     eigenvalues = np.concatenate([np.full(40, 5.0), [4.0, 3.0], 10 ** np.random.default_rng(0).uniform(-3, -1, 2000)])
+    eigenvalues = np.random.default_rng(order).permutation(eigenvalues)
     run = lanczos_of(eigenvalues, steps)
     assert (np.abs(run.nodes - 5) < 1e-9).sum() > 1
     levels = ritz_levels(run, NOISE)
-    assert levels.values[-3:] == pytest.approx([3.0, 4.0, 5.0], rel=1e-9)
+    distance = np.abs(levels.values[:, None] - [3.0, 4.0, 5.0])
+    assert (distance < 1e-9).sum(axis=0).tolist() == [1, 1, 1]
+    assert levels.values[-1] == pytest.approx(5.0, rel=1e-9)
     assert levels.copies[-1] > 1
     assert levels.weights.sum() == pytest.approx(1)
+    between = (levels.values > 0.1) & (distance.min(axis=1) >= 1e-9)
+    nearest = np.abs(levels.values[:, None] - eigenvalues).min(axis=1)
+    assert (nearest <= levels.residuals + levels.rounding).all()
+    assert not levels.certified()[between].any()
     top = [level.value for level in spectrum_of(eigenvalues, steps).top]
-    assert np.unique(np.round(top, 9)).size == len(top)
+    assert len(top) >= 1
+    assert top == pytest.approx(np.unique(eigenvalues)[::-1][: len(top)], rel=1e-8)
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4])
