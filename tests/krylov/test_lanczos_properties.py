@@ -312,7 +312,7 @@ def test_the_negated_operator_has_the_mirrored_run(setting):
     np.testing.assert_array_equal(negated.beta, one.beta)
 
 
-@FUZZ
+@settings(FUZZ, max_examples=100)
 @given(settings_of_runs(), st.integers(1, 3))
 def test_every_spectrum_can_be_asked_everything(setting, probes):
     """No exception, no warning, nothing that is not a number."""
