@@ -11,6 +11,7 @@ import copy
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ LAYOUTS = {
 class Net(nn.Module):
     def __init__(self, widths, activation, tied, frozen, idle):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         if tied:
             self.layers[-1].weight = self.layers[0].weight
         if frozen is not None:
