@@ -334,6 +334,28 @@ def test_nothing_outside_is_touched(kind, problem):
     assert state() == before
 
 
+@FUZZ
+@given(problems())
+def test_a_random_loss_is_the_same_one_in_every_product(problem):
+    """Whether its graphs are kept or built anew, from the state of all three generators."""
+
+    def loss(batch):
+        return problem(batch) * (1 + torch.rand(()) + np.random.rand() + random.random())
+
+    def seeded(keep_graphs):
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(problem.seed)
+        return Hessian(loss, problem.net.named_parameters(), problem.batches, keep_graphs=keep_graphs)
+
+    kept, anew = seeded(True), seeded(False)
+    states = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
+    dense = entries(kept)
+    for _ in range(2):
+        assert difference(anew, dense) <= WITHIN
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (repr(np.random.get_state()), random.getstate()) == states[1:]
+
+
 # --- controls: what the properties above would show of a wrong operator ----------------------------------------------------
 
 CONTROL = Problem(seed=1, widths=(3, 4, 3), counts=(4, 1, 2))
