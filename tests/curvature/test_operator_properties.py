@@ -111,7 +111,8 @@ class Problem:
         return self.mean_loss(self.outputs(batch), batch)
 
     def operator(self, kind, batches=None, **options):
-        named, batches = self.net.named_parameters(), self.batches if batches is None else batches
+        named = self.net.named_parameters(remove_duplicate=False)  # tied ones twice
+        batches = self.batches if batches is None else batches
         if kind == "hessian":
             return Hessian(options.get("loss", self), named, batches, keep_graphs=self.keep_graphs)
         if kind == "gauss newton":
