@@ -1,5 +1,5 @@
 # make demo: set everything up and watch a small network's spectrum; make test: set everything up and run the tests.
-# make bench: set everything up and compare with other libraries, by hand (benchmarks/README.md).
+# make bench: set everything up, compare with other libraries and time the fence, by hand (benchmarks/README.md).
 # Needs Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
@@ -40,6 +40,7 @@ $(BENCH_VENV)/.installed: pyproject.toml benchmarks/requirements.txt
 
 bench: $(BENCH_VENV)/.installed
 	$(THREADS) $(BENCH_VENV)/bin/python benchmarks/peers.py
+	$(THREADS) $(BENCH_VENV)/bin/python benchmarks/fence.py
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) demo_output lightning_logs

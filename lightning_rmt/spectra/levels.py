@@ -173,13 +173,14 @@ def _without_copies(
     """Merges Ritz values that stand for one eigenvalue.
 
     Rounding lets further copies of a degenerate eigenvalue in, late. Copies that have arrived are within rounding of each
-    other. One on its way is betrayed by its weight: it comes from rounding errors alone, while another eigenvalue that
+    other, all of them: where products are so imprecise that a whole bulk is a chain of such neighbours, it isn't one
+    eigenvalue. One on its way is betrayed by its weight: it comes from rounding errors alone, while another eigenvalue that
     happens to be so near would have about the weight of its neighbour.
     """
     copies = np.ones(values.size, dtype=np.intp)
     while values.size > 1:
         gaps = np.diff(values)
-        arrived = gaps <= 2 * rounding
+        arrived = _clusters(values, 2 * rounding)
         beside = np.minimum(np.append(np.inf, gaps[:-1]), np.append(gaps[1:], np.inf))  # from a pair to the others
         worse = np.maximum(residuals[1:], residuals[:-1])
         light = np.minimum(weights[1:], weights[:-1]) <= COPY_WEIGHT * np.maximum(weights[1:], weights[:-1])
@@ -193,6 +194,17 @@ def _without_copies(
         values, residuals = values[heaviest], np.minimum.reduceat(residuals, first)
         weights, copies = np.add.reduceat(weights, first), np.add.reduceat(copies, first)
     return values, residuals, weights, copies
+
+
+def _clusters(values: NDArray[np.float64], tolerance: float) -> NDArray[np.bool_]:
+    """Which neighbours belong together, shape (k - 1,): chains of gaps within the tolerance that aren't long themselves."""
+    near = np.diff(values) <= tolerance
+    first = np.flatnonzero(np.append(True, ~near))
+    ends = np.append(first[1:], values.size)
+    for a, b in zip(first, ends, strict=True):
+        if values[b - 1] - values[a] > 2 * tolerance:
+            near[a : b - 1] = False
+    return near
 
 
 def _nearest(gaps: NDArray[np.float64]) -> NDArray[np.float64]:

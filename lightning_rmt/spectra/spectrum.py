@@ -101,9 +101,11 @@ class Spectrum:
         return self._extreme(0)
 
     def _extreme(self, index: int) -> Level:
-        if self._levels is not None:
+        if self._levels is not None and self._levels.level(index).certified:
             return self._levels.level(index)
-        run = max(self.runs, key=lambda run: run.nodes[index] if index else -run.nodes[index])
+        # The Ritz value itself, rather than a level that may stand for several within the products' error.
+        trusted = [run for run, _ in self._judged[:1]] or self.runs
+        run = max(trusted, key=lambda run: run.nodes[index] if index else -run.nodes[index])
         rounding = self.noise * float(np.abs(run.nodes).max())
         return Level(float(run.nodes[index]), float(run.residuals[index]) + rounding, False)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from bitwise_cases import CASES
 from functorch.compile import make_boxed_func
 from harness import EVERY, Case, Fingerprint, ProductProbe, differences, train
@@ -17,6 +19,8 @@ from torch.nn import functional as F
 
 import lightning_rmt.live.fence
 from lightning_rmt import SpectrumMonitor
+from lightning_rmt.live.fence.generators import randomness
+from lightning_rmt.live.fence.tensors import buffers, parameters
 
 INDUCTOR = (
     pytest.mark.slow,
@@ -142,6 +146,81 @@ def test_harness_sees_a_part_of_the_fence_missing(part, name, hook, differ, agre
     seen = set(differences(train(case, directory, ProductProbe(case, hook)), control(case, directory)))
     assert differ <= seen
     assert not seen & set(agree)
+
+
+# Parts that are there and do their work a little wrong.
+
+
+def buffers_by_value(enclosure, undo):
+    """The same tensors inside, their values copied back: an in-place change that a live graph does not forgive."""
+    for module in enclosure.modules:
+        for buffer in module._buffers.values():
+            undo.callback(buffer.copy_, buffer.clone())
+
+
+def buffers_of_the_first_module(enclosure, undo):
+    """Not those of its submodules."""
+    buffers(replace(enclosure, modules=enclosure.modules[:1]), undo)
+
+
+def randomness_of_torch(enclosure, undo):
+    """NumPy and Python are seeded and stay so."""
+    undo.callback(torch.set_rng_state, torch.get_rng_state())
+    randomness(enclosure, ExitStack())
+
+
+def parameters_without_grad(enclosure, undo):
+    """`grad` is None afterwards, as if every probe came right after `zero_grad`."""
+    for p in enclosure.parameters():
+        undo.callback(setattr, p, "grad", None)  # after what follows
+    parameters(enclosure, undo)
+
+
+def training_flags_by_train(enclosure, undo):
+    """`train()` puts every submodule into training mode."""
+    undo.callback(enclosure.module.train)
+
+
+MUTATIONS = (
+    # by value does no harm between two steps...
+    (buffers_by_value, "batch norm, momentum 0.1", set(), {"buffers", "state_dict", "weights"}),
+    (buffers_of_the_first_module, "batch norm, momentum 0.1", {"buffers"}, {"weights", "loss"}),
+    (
+        randomness_of_torch,
+        "batch norm, momentum 0.1",
+        {"numpy generator", "python generator"},
+        {"torch generator", "weights", "batches"},
+    ),
+    (parameters_without_grad, "accumulate 4", {"gradients", "weights"}, {"torch generator"}),
+    (training_flags_by_train, "one batch norm in eval mode", {"flags"}, {"batches"}),
+)
+
+
+def mutated(mutant):
+    """The fence's parts with this one in the place of the part that its name begins with."""
+    original = next(p for p in lightning_rmt.live.fence.PARTS if mutant.__name__.startswith(p.__name__))
+    return tuple(mutant if p is original else p for p in lightning_rmt.live.fence.PARTS)
+
+
+@pytest.mark.parametrize(("mutant", "name", "differ", "agree"), MUTATIONS)
+def test_harness_sees_a_part_of_the_fence_that_is_a_little_wrong(
+    mutant, name, differ, agree, tmp_path_factory, monkeypatch
+):
+    directory, case = tmp_path_factory.getbasetemp(), case_named(name)
+    monkeypatch.setattr(lightning_rmt.live.fence, "PARTS", mutated(mutant))
+    probe = ProductProbe(case)
+    seen = set(differences(train(case, directory, probe), control(case, directory)))
+    assert probe.taken > 0
+    assert differ <= seen
+    assert not seen & agree
+
+
+def test_harness_sees_buffers_restored_by_value(tmp_path_factory, monkeypatch):
+    """... but it breaks the backward pass where a probe comes between the forward pass and it."""
+    case = case_named("batch norm, momentum 0.1")
+    monkeypatch.setattr(lightning_rmt.live.fence, "PARTS", mutated(buffers_by_value))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train(case, tmp_path_factory.getbasetemp(), ProductProbe(case, "on_before_zero_grad"))
 
 
 class BackwardProbe(ProductProbe):
