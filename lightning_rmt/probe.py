@@ -12,6 +12,7 @@ import torch
 from lightning_rmt.krylov.lanczos import (
     Basis,
     SymmetricOperator,
+    basis_bytes,
     lanczos_lockstep,
     product_noise,
     start_vector,
@@ -162,11 +163,13 @@ class Forecast(NamedTuple):
     basis_bytes: int
 
 
-def forecast(operator: SymmetricOperator, steps: int, probes: int, seconds_per_product: float) -> Forecast:
+def forecast(
+    operator: SymmetricOperator, steps: int, probes: int, basis: Basis, seconds_per_product: float
+) -> Forecast:
     """The cost of `estimate_spectrum` with these arguments."""
-    steps = min(steps, operator.size)
-    element = torch.empty((), dtype=operator.dtype).element_size()
-    return Forecast(probes * steps, probes * steps * seconds_per_product, steps * operator.size * element)
+    products = probes * min(steps, operator.size)
+    kept = basis_bytes(basis, operator.size, steps, operator.dtype)
+    return Forecast(products, products * seconds_per_product, kept)
 
 
 def measure(
@@ -176,6 +179,7 @@ def measure(
     probes: int,
     seed: int,
     check: bool,
+    basis: Basis = "full",
     until: Until | None = None,
     on_forecast: Callable[[Forecast], None] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -188,6 +192,7 @@ def measure(
         probes: see there.
         seed: see there.
         check: take three products first, and refuse the operator if they aren't those of a symmetric matrix.
+        basis: see there.
         until: see there.
         on_forecast: called after the check with what the rest will cost, from its products' time.
         on_step: see there.
@@ -221,6 +226,8 @@ def measure(
             f"product taken twice {checked.repeat:.1e} (both should be below {checked.tolerance:.0e}). {cause}"
         )
     if checked is not None and on_forecast is not None:
-        on_forecast(forecast(operator, steps, probes, (time.perf_counter() - begin) / CHECK_PRODUCTS))
-    spectrum = estimate_spectrum(operator, steps=steps, probes=probes, seed=seed, until=until, on_step=on_step)
+        on_forecast(forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS))
+    spectrum = estimate_spectrum(
+        operator, steps=steps, probes=probes, seed=seed, basis=basis, until=until, on_step=on_step
+    )
     return Measurement(spectrum, checked, time.perf_counter() - begin)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.measurement import measure_live
+from lightning_rmt.live.memory import Memory, is_out_of_memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
@@ -158,6 +159,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._report = LoggerReport(figures_every=figures_every, custom_scalars=custom_scalars)
         self._checked = False
         self._learned: Learned | None = None
+        self._memory = Memory()
         self._failures = 0
         self._off = False
         self._clock: float | None = None
@@ -268,6 +270,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             "schedule": self._schedule.state_dict(),
             "report": self._report.state_dict(),
             "history": [entry.to_dict() for entry in self.history],
+            "memory": self._memory.state_dict(),
             "checked": self._checked,
             "failures": self._failures,
         }
@@ -297,6 +300,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._schedule.load_state_dict(state_dict["schedule"])
         self._report.load_state_dict(state_dict["report"])
         self.history = [HistoryEntry.from_dict(entry) for entry in state_dict["history"]]
+        self._memory.load_state_dict(state_dict["memory"])
         self._checked = bool(state_dict["checked"])
         self._failures = int(state_dict["failures"])
 
@@ -319,6 +323,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 check=not self._checked,
                 light=self._light_ends if speed == "light" else None,
                 learned=self._learned,
+                memory=self._memory,
             )
         except Exception as error:
             if self.on_error == "raise":
@@ -376,6 +381,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         )
         self.reading, self.light_reading, self.history = None, None, []
         self._checked, self._learned, self._failures, self._capture_error = False, None, 0, None
+        self._memory = Memory()
         self._once = Once()
 
     def _write(self, trainer: Any, reading: Reading) -> None:
@@ -417,6 +423,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._off = self._failures >= FAILURES_IN_A_ROW
         ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
         reason = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            reason = f"{reason}; {self._memory.ran_out()}"
         new = self._once.is_new(reason)
         whose = trainer.is_global_zero or not isinstance(error, OtherRankFailedError)  # the other rank's log says why
         if whose and (new or self._off):

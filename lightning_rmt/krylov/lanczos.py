@@ -16,6 +16,7 @@ from lightning_rmt.krylov.tridiagonal import Tridiagonal
 
 #: What a run keeps of its basis: every vector in the operator's dtype; in bfloat16; or none but the last two.
 Basis = Literal["full", "half", "none"]
+BASES: tuple[Basis, ...] = ("full", "half", "none")
 
 #: Whether a run may end, from the tridiagonal matrices so far, one for each start vector.
 StopRule = Callable[[tuple[Tridiagonal, ...]], bool]
@@ -38,6 +39,12 @@ class SymmetricOperator(Protocol):
 
     def matmat(self, V: Tensor, /) -> Tensor:
         """Product with k vectors: ``V`` of shape (k, n) to the same shape; must not synchronise with the host."""
+
+
+def basis_bytes(basis: Basis, size: int, steps: int, dtype: torch.dtype) -> int:
+    """Memory of the basis of one run with vectors of ``dtype``."""
+    kept = {"full": dtype.itemsize, "half": torch.bfloat16.itemsize, "none": 0}[basis]
+    return kept * min(steps, size) * size
 
 
 def rounding_noise(dtype: torch.dtype) -> float:

@@ -12,8 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.krylov.lanczos import BASES, Basis
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence import fence
+from lightning_rmt.live.memory import Memory, Plan
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
@@ -56,6 +58,7 @@ def measure_live(
     check: bool,
     light: LightEnds | None = None,
     learned: Learned | None = None,
+    memory: Memory | None = None,
 ) -> LiveMeasurement:
     """Measures the curvature of the module's loss as it is now; training never notices.
 
@@ -71,6 +74,7 @@ def measure_live(
         check: whether to test the product's symmetry and repeatability first.
         light: what a light probe is to certify, with one start vector; None for a full probe.
         learned: what an earlier probe found out.
+        memory: what it may take; it notes what was taken.
 
     Raises:
         OtherRankFailedError: another rank failed.
@@ -78,6 +82,7 @@ def measure_live(
     """
     ranks = Ranks.of(trainer)
     learned = learned or Learned(settings.product)
+    memory = memory or Memory()
     probes = settings.probes if light is None else 1
     with ExitStack() as stack:
 
@@ -101,17 +106,20 @@ def measure_live(
 
         operator, warnings, notes = ranks.together(prepare)
         shared = operator if ranks.group is None else RankSum(operator, ranks.group)
-        products = probes * min(settings.lanczos_steps, operator.size)
-        on_step = stack.enter_context(probe_progress(trainer, settings.name, products))
+        wanted = min(settings.lanczos_steps, operator.size)
+        basis, steps = _agreed(ranks, memory.plan(operator, wanted, probes, light=light is not None))
+        notes = (*notes, *_lesser(basis, steps, wanted))
+        on_step = stack.enter_context(probe_progress(trainer, settings.name, probes * steps))
 
         def run() -> Measurement:
             try:
                 return measure(
                     shared,
-                    steps=settings.lanczos_steps,
+                    steps=steps,
                     probes=probes,
                     seed=_mix(settings.seed, step, 0),
                     check=check,
+                    basis=basis,
                     until=_rule(shared, light),
                     on_forecast=lambda cost: rank_zero_info(_announcement(settings.name, cost)),
                     on_step=on_step,
@@ -129,6 +137,20 @@ def measure_live(
         return LiveMeasurement(
             measurement, int(shared.samples), operator.block.names, warnings, notes, found, shared.product_error
         )
+
+
+def _agreed(ranks: Ranks, plan: Plan) -> Plan:
+    """The least that any rank planned."""
+    least, fewest = ranks.largest((BASES.index(plan.basis), -plan.steps))
+    return Plan(BASES[least], -fewest)
+
+
+def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:
+    """What a shortage of memory has cost, for the reading."""
+    if basis == "full":
+        return (f"memory for {steps} of {wanted} Lanczos steps",) if steps < wanted else ()
+    kept = "is kept in bfloat16" if basis == "half" else "is not kept"
+    return (f"memory is short, so the Lanczos basis {kept}: density and sums only, no eigenvalues and no counts",)
 
 
 def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Until:

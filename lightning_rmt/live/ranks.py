@@ -70,6 +70,14 @@ class Ranks:
             raise OtherRankFailedError("the probe failed on another rank; its log says why. All ranks skip this one")
         return result  # type: ignore[return-value]
 
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over the ranks (one small all-reduce)."""
+        if self.group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return [int(value) for value in tensor.tolist()]
+
     def from_first(self, values: Sequence[int]) -> list[int]:
         """The first rank's values, on every rank."""
         if self.group is None:

@@ -1,0 +1,171 @@
+"""What is free, and what a probe may take of it: how it keeps its basis, how large its graphs may be."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_rmt.krylov.lanczos import BASES, Basis, SymmetricOperator, basis_bytes
+
+#: Share of the free memory that a probe may take. The rest is for what it holds for a moment (the temporaries of a backward
+#: pass) and for other processes.
+SHARE = 0.7
+#: Vectors that a run holds besides its basis: the last two, the next one, the product and its parts.
+WORKING_VECTORS = 6
+#: Fewest steps that a light probe is cut down to where its basis doesn't fit.
+FEWEST_LIGHT_STEPS = 10
+#: An out-of-memory leaves graphs this share of what they took.
+SMALLER = 0.25
+
+_UNLIMITED = 2**60
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now, in bytes; a very large number where nobody knows.
+
+    On a CPU what the system calls available, but no more than a container's limit leaves. On an accelerator what is free
+    on it and what PyTorch's caching allocator holds unused.
+    """
+    if device.type == "cpu":
+        import psutil
+
+        return min(int(psutil.virtual_memory().available), container_headroom(_CGROUP))
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return _UNLIMITED
+
+
+def container_headroom(root: Path) -> int:
+    """What a control group's limit leaves, in bytes; psutil sees the whole machine.
+
+    Args:
+        root: where control groups are mounted; version 2 and version 1 are known.
+    """
+    for folder, limit_name, used_name, cache_key in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))  # "max" is no number
+            lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = next((int(value) for key, value in lines if key == cache_key), 0)
+        except (OSError, ValueError):
+            continue
+        return max(limit - used + cache, 0)  # file pages that nobody uses are given back before anything is refused
+    return _UNLIMITED
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this, or what caused it, is memory that could not be had."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if isinstance(seen, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(seen, RuntimeError)
+            and ("can't allocate memory" in text or "out of memory" in text or "ALLOC_FAILED" in text)
+        ):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+class Plan(NamedTuple):
+    """How a probe keeps its Lanczos basis.
+
+    Attributes:
+        basis: see `Basis`.
+        steps: products per start, at most.
+    """
+
+    basis: Basis
+    steps: int
+
+
+def plan(
+    size: int,
+    steps: int,
+    probes: int,
+    dtype: torch.dtype,
+    available: float,
+    *,
+    largest: Basis = "full",
+    light: bool = False,
+) -> Plan:
+    """The best basis that fits: whole, in bfloat16 (density only), or none (three vectors, density only).
+
+    A light probe is after eigenvalues, which only a whole basis gives, so it takes fewer steps rather than a lesser one.
+
+    Args:
+        size: n.
+        steps: products per start that are wanted.
+        probes: start vectors.
+        dtype: of the vectors.
+        available: bytes that it may take.
+        largest: the best basis that may be chosen.
+        light: for a light probe.
+    """
+    steps = min(steps, size)
+    left = max(available - WORKING_VECTORS * probes * size * dtype.itemsize, 0)
+    if light:
+        wanted = steps if largest == "full" else steps // 4  # a whole basis ran out of memory before
+        rows = min(int(left // (size * dtype.itemsize)), wanted)
+        return Plan("full", min(max(rows, FEWEST_LIGHT_STEPS), steps))
+    fitting = (b for b in BASES[BASES.index(largest) :] if basis_bytes(b, size, steps, dtype) <= left)
+    return Plan(next(fitting, "none"), steps)
+
+
+class Memory:
+    """What probes may take of the free memory; after an out-of-memory, less.
+
+    Attributes:
+        largest_basis: the best basis that a probe may keep.
+        graph_limit: bytes that its graphs may take, whatever is free; None: no limit of their own.
+    """
+
+    def __init__(self) -> None:
+        self.largest_basis: Basis = "full"
+        self.graph_limit: int | None = None
+        self._graphs = 0
+        self._basis_bytes = 0
+
+    def for_graphs(self, device: torch.device) -> int:
+        """Bytes that the graphs of a probe on this device may take."""
+        self._graphs = self._basis_bytes = 0
+        allowed = int(SHARE * free_bytes(device))
+        return allowed if self.graph_limit is None else min(allowed, self.graph_limit)
+
+    def plan(
+        self, operator: SymmetricOperator, steps: int, probes: int, *, graphs: int = 0, light: bool = False
+    ) -> Plan:
+        """The basis of a probe with this operator, whose graphs, ``graphs`` bytes of them, are there already; see `plan`."""
+        size, dtype, available = operator.size, operator.dtype, SHARE * free_bytes(operator.device)
+        found = plan(size, steps, probes, dtype, available, largest=self.largest_basis, light=light)
+        self._graphs, self._basis_bytes = graphs, basis_bytes(found.basis, size, found.steps, dtype)
+        return found
+
+    def ran_out(self) -> str:
+        """Makes the next probe smaller where this one was largest; a sentence that says how."""
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if self._basis_bytes > self._graphs and self.largest_basis != "none":
+            self.largest_basis = BASES[BASES.index(self.largest_basis) + 1]
+            kept = "in bfloat16" if self.largest_basis == "half" else "not at all (three vectors)"
+            return f"the next probe keeps its Lanczos basis {kept}, and shows the density without eigenvalues"
+        if self._graphs:
+            self.graph_limit = int(SMALLER * self._graphs)
+            return f"the next probe's graphs get {self.graph_limit / 2**20:.3g} MiB, and are built in pieces if need be"
+        return "it had begun with as little as it could"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python values, for a checkpoint."""
+        return {"largest_basis": self.largest_basis, "graph_limit": self.graph_limit}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.largest_basis, self.graph_limit = BASES[BASES.index(state["largest_basis"])], state["graph_limit"]

@@ -1,0 +1,200 @@
+"""What a probe may take: ground truths are sums done by hand, files of a control group, and what a run then shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, differences, train
+from live_models import Metered, vectors
+
+from lightning_rmt import SpectrumMonitor
+from lightning_rmt.live import memory as live_memory
+from lightning_rmt.live.memory import (
+    FEWEST_LIGHT_STEPS,
+    SHARE,
+    WORKING_VECTORS,
+    Memory,
+    Plan,
+    container_headroom,
+    free_bytes,
+    is_out_of_memory,
+    plan,
+)
+
+F32 = torch.float32
+N, M = 1000, 50
+VECTOR = 4 * N
+WORKING = WORKING_VECTORS * VECTOR
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [
+        (WORKING + M * VECTOR, "full"),
+        (WORKING + M * VECTOR - 1, "half"),
+        (WORKING + M * VECTOR // 2, "half"),
+        (WORKING + M * VECTOR // 2 - 1, "none"),
+        (0, "none"),
+    ],
+)
+def test_the_best_basis_that_fits(available, expected):
+    assert plan(N, M, 1, F32, available) == Plan(expected, M)
+
+
+def test_more_starts_and_wider_vectors_take_more():
+    assert plan(N, M, 3, F32, WORKING + M * VECTOR).basis == "half"
+    assert plan(N, M, 1, torch.float64, WORKING + M * VECTOR).basis == "half"
+    assert plan(20, M, 1, F32, 1e9) == Plan("full", 20)
+
+
+def test_a_light_probe_takes_fewer_steps_rather_than_a_lesser_basis():
+    assert plan(N, M, 1, F32, WORKING + 23.5 * VECTOR, light=True) == Plan("full", 23)
+    assert plan(N, M, 1, F32, 0, light=True) == Plan("full", FEWEST_LIGHT_STEPS)
+    assert plan(N, M, 1, F32, 1e9, largest="half", light=True) == Plan("full", M // 4)
+    assert plan(5, M, 1, F32, 0, light=True) == Plan("full", 5)
+
+
+def test_no_better_basis_than_allowed():
+    assert plan(N, M, 1, F32, 1e9, largest="half").basis == "half"
+    assert plan(N, M, 1, F32, 1e9, largest="none").basis == "none"
+
+
+def test_free_memory_is_what_the_system_says(monkeypatch):
+    found = free_bytes(torch.device("cpu"))
+    assert 2**20 < found < 2**50
+    monkeypatch.setattr(live_memory, "container_headroom", lambda root: 12345)
+    assert free_bytes(torch.device("cpu")) == 12345
+    assert free_bytes(torch.device("meta")) > 2**50  # nobody knows
+
+
+@pytest.mark.parametrize(
+    ("names", "cache"),
+    [
+        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+        (
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_a_containers_limit(names, cache, tmp_path):
+    assert container_headroom(tmp_path) > 2**50
+    (tmp_path / names[0]).parent.mkdir(exist_ok=True)
+    for name, text in zip(names, ("1000", "700", f"anon 500\n{cache} 150\nother 3\n"), strict=True):
+        (tmp_path / name).write_text(text)
+    assert container_headroom(tmp_path) == 1000 - 700 + 150
+    (tmp_path / names[0]).write_text("max\n")
+    assert container_headroom(tmp_path) > 2**50
+
+
+def caused(error: Exception) -> Exception:
+    outer = ValueError("a product failed")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError("no"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (caused(MemoryError()), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_an_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_allocators_own_error_is_one():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def operator(size: int = N) -> Any:
+    return SimpleNamespace(size=size, dtype=F32, device=torch.device("cpu"))
+
+
+def test_after_an_out_of_memory_the_larger_part_gets_smaller(monkeypatch):
+    monkeypatch.setattr(live_memory, "free_bytes", lambda device: 10**9)
+    memory = Memory()
+    assert memory.for_graphs(torch.device("cpu")) == int(SHARE * 10**9)
+    assert memory.plan(operator(), M, 1, graphs=10) == Plan("full", M)
+    assert "in bfloat16" in memory.ran_out()
+    assert memory.plan(operator(), M, 1, graphs=10) == Plan("half", M)
+    assert "not at all" in memory.ran_out()
+    assert memory.plan(operator(), M, 1, graphs=8000) == Plan("none", M)
+    assert "graphs get" in memory.ran_out()
+    assert memory.for_graphs(torch.device("cpu")) == 2000
+    assert "as little as it could" in memory.ran_out()  # nothing of this probe was there yet
+    state = json.loads(json.dumps(memory.state_dict()))
+    other = Memory()
+    other.load_state_dict(state)
+    assert (other.largest_basis, other.graph_limit) == ("none", 2000)
+
+
+# --- on a real training -------------------------------------------------------------------------------------------------
+
+CASE = Case("mlp, Adam, scheduler, torchmetrics", Metered, vectors)
+
+
+def monitor(**options: Any) -> SpectrumMonitor:
+    return SpectrumMonitor(**{"every_n_steps": 4, "lanczos_steps": 20, "figures_every": 0, **options})
+
+
+@pytest.mark.parametrize(("share_of_basis", "kept"), [(0.75, "bfloat16"), (0.1, "not kept")])
+def test_a_basis_that_does_not_fit_leaves_the_density(share_of_basis, kept, tmp_path, monkeypatch):
+    size = sum(p.numel() for p in Metered().parameters())
+    free = (share_of_basis * 40 + WORKING_VECTORS) * 4 * size / SHARE
+    monkeypatch.setattr(live_memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(Memory, "for_graphs", lambda self, device: 2**40)
+    watch = monitor(on_error="raise", lanczos_steps=40)
+    assert differences(train(CASE, tmp_path / "watched", watch), train(CASE, tmp_path / "control")) == []
+    reading = watch.reading
+    assert any("memory is short" in note and kept in note for note in reading.notes)
+    assert reading.spectrum.top == ()
+    assert reading.spectrum.outliers.high.count is None
+    whole = monitor(on_error="raise", lanczos_steps=40)
+    monkeypatch.setattr(live_memory, "free_bytes", lambda device: 2**40)
+    train(CASE, tmp_path / "whole", whole)
+    assert whole.reading.spectrum.top
+    for k in (1, 2, 3):  # the same start vector sees the same measure
+        seen = [float(r.spectrum.weights[0] @ r.spectrum.nodes[0] ** k) for r in (reading, whole.reading)]
+        assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+    assert not any("memory" in note for note in whole.reading.notes)
+
+
+def test_the_probe_after_an_out_of_memory_is_smaller_and_the_log_says_so(tmp_path, monkeypatch):
+    """The allocation of a whole basis fails, as on a device that is nearly full; that of half of it works."""
+    from lightning_rmt.krylov import lanczos
+
+    class Run(lanczos._Run):
+        def __init__(self, start: Any, steps: int, basis: str, passes: int) -> None:
+            if basis == "full":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+            super().__init__(start, steps, basis, passes)
+
+    monkeypatch.setattr(lanczos, "_Run", Run)
+    watch = monitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        prints = train(CASE, tmp_path / "watched", watch)
+    said = [str(w.message) for w in caught if "SpectrumMonitor" in str(w.message)]
+    assert len(said) == 1
+    assert re.search("out of memory.*the next probe keeps its Lanczos basis in bfloat16", said[0])
+    assert differences(prints, train(CASE, tmp_path / "control")) == []
+    assert [entry.step for entry in watch.history] == [4, 8]
+    assert any("bfloat16" in note for note in watch.reading.notes)
