@@ -173,7 +173,7 @@ def test_a_basis_that_does_not_fit_leaves_the_density(share_of_basis, kept, tmp_
     assert whole.reading.spectrum.top
     for k in (1, 2, 3):  # the same start vector sees the same measure
         seen = [float(r.spectrum.weights[0] @ r.spectrum.nodes[0] ** k) for r in (reading, whole.reading)]
-        assert seen[0] == pytest.approx(seen[1], rel=1e-4)
+        assert seen[0] == pytest.approx(seen[1], rel=5e-3)  # bfloat16 rounds to 2e-3, and these are few entries
     assert not any("memory" in note for note in whole.reading.notes)
 
 
