@@ -19,6 +19,9 @@ MAX_BORROWED = 4.0
 MAX_LIGHT = 10
 # What a light probe is taken to cost before one was measured, as a share of a full one's cost.
 LIGHT_SHARE = 0.25
+# Weight of the last light probe's cost in their running mean: one takes 8 products and the next 19, and a plan that follows
+# each of them is irregular.
+NEW_COST = 0.3
 NEVER = 2**62
 
 
@@ -124,7 +127,8 @@ class Schedule:
             if not self._between:  # light ones were too dear; one is tried again: they get cheaper as training goes on
                 self._light_cost = None
         else:
-            self._light_cost = cost
+            known = self._light_cost
+            self._light_cost = cost if known is None else (1 - NEW_COST) * known + NEW_COST * cost
             self._light_since_full += 1
         self._next, self._review = None, step + STEPS_TO_MEASURE
         self._step_seconds.clear()
@@ -176,8 +180,9 @@ class Schedule:
             next_light = self._last_probe + (next_full - self._last_probe) / (to_come + 1)
             if not math.isinf(total_steps):
                 next_light = max(next_light, self._paid(step, light, step_seconds))
-            if max(next_light, step + 1) + self.batches <= next_full:
-                return Decision(max(step + 1, math.ceil(next_light)), 1)
+            opens = max(step + 1, math.ceil(next_light))
+            if next_full - opens >= max(self.batches, (opens - self._last_probe) / 2):  # not just before a full one
+                return Decision(opens, 1)
         return Decision(max(step + 1, math.ceil(next_full)), 0)
 
     @property

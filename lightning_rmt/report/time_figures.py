@@ -136,11 +136,18 @@ def _shown(entries: Sequence[HistoryEntry], edges: NDArray[np.float64], linear_t
 
 
 def _cell_edges(steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Borders halfway between the steps, shape (k + 1,); the outer cells are as wide inwards as outwards."""
+    """Borders halfway between the steps, shape (k + 1,); the outer cells stick out by a little."""
     if steps.size == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middles = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate([[2 * steps[0] - middles[0]], middles, [2 * steps[-1] - middles[-1]]])
+    out = 0.02 * (steps[-1] - steps[0])
+    return np.concatenate(
+        [
+            [max(2 * steps[0] - middles[0], steps[0] - out)],
+            middles,
+            [min(2 * steps[-1] - middles[-1], steps[-1] + out)],
+        ]
+    )
 
 
 def _step_ticks(axes: Axes, entries: Sequence[HistoryEntry]) -> None:

@@ -180,7 +180,7 @@ def test_heat_map_shows_the_masses_of_each_reading_at_its_steps(run):
     axes, colours = heat_map_figure(history).axes
     mesh = axes.collections[0]
     cells = mesh.get_coordinates()[0, :, 0]
-    assert list(cells) == [-5, 5, 15, 60, 140]  # halfway between 0, 10, 20 and 100
+    assert list(cells) == [-2, 5, 15, 60, 102]  # halfway between 0, 10, 20 and 100, and a little out
     edges = mesh.get_coordinates()[:, 0, 1]
     shade = mesh.get_array()
     assert shade.shape == (edges.size - 1, 4)
