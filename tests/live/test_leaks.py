@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -101,17 +102,25 @@ class FailsOften:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("fails", [False, True], ids=["all good", "every other one fails"])
-def test_five_hundred_probes_do_not_grow(fails, tmp_path):
-    if fails:
-        watch = monitor(loss_fn=FailsOften(), on_error="warn")
-        with pytest.warns(UserWarning, match="no luck in the loss|no memory in a product") as warned:
-            counts = watched(tmp_path, watch)
-        assert len([w for w in warned if "could not take its probe" in str(w.message)]) == 2  # each reason once
-    else:
-        watch = monitor()
-        counts = watched(tmp_path, watch)
-    assert len(watch.history) == (PROBES // 2 + 1 if fails else PROBES + 1)
+def test_five_hundred_probes_do_not_grow(tmp_path):
+    watch = monitor()
+    counts = watched(tmp_path, watch)
+    assert len(watch.history) == PROBES + 1
+    assert counts.new_tensors <= 0
+    assert counts.grown < GROWTH
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_probes_of_which_every_other_one_fails_do_not_grow_either(tmp_path):
+    """Fewer: after an out-of-memory all garbage is collected, which takes its time."""
+    probes = WARM_UP + 150
+    watch = monitor(loss_fn=FailsOften(), on_error="warn")
+    with pytest.warns(UserWarning, match="no luck in the loss|no memory in a product") as warned:
+        counts = watched(tmp_path, watch, probes)
+    said = [str(w.message) for w in warned if "could not take its probe" in str(w.message)]
+    assert len(said) == len({re.sub("[0-9.]+", "#", sentence) for sentence in said}) <= 6  # each reason once
+    assert len(watch.history) == probes // 2 + 1
     assert counts.new_tensors <= 0
     assert counts.grown < GROWTH
 
@@ -124,7 +133,7 @@ def test_a_leak_at_every_probe_is_seen(what, tmp_path):
 
     def loss_fn(module, batch):
         loss = F.cross_entropy(module(batch[0]), batch[1])
-        leaks = {"a small tensor": loss.detach(), "a graph": loss, "memory of another kind": bytes(2 * GROWTH)}
+        leaks = {"a small tensor": loss.detach(), "a graph": loss, "memory of another kind": b"x" * 50 * GROWTH}
         kept.append(leaks[what])
         return loss
 
