@@ -9,10 +9,11 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
 
+from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.measurement import measure_live
-from lightning_rmt.live.memory import Memory, is_out_of_memory
+from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks

@@ -38,7 +38,7 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     """Cuts a batch into batches of ``size`` samples (the last one may be smaller).
 
     Every tensor whose first dimension is the batch's sample count is sliced, and so is every list of that
-    length that holds no tensors (a list of texts); all else is shared. Containers keep their types.
+    length that holds no tensors (a list of texts); slices are copies, all else is shared. Containers keep their types.
 
     Args:
         batch: whatever a data loader yields.
@@ -59,7 +59,10 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     def part(start: int) -> Callable[[Any], Any]:
         def slice_one(leaf: Any) -> Any:
             sliced = leaf.ndim > 0 and len(leaf) == count if isinstance(leaf, Tensor) else len(leaf) == count
-            return leaf[start : start + size] if sliced else leaf
+            if not sliced:
+                return leaf
+            # A clone: whoever copies a view copies the whole batch behind it.
+            return leaf[start : start + size].clone() if isinstance(leaf, Tensor) else leaf[start : start + size]
 
         return slice_one
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_rmt.curvature.errors import clear_frames
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.operator import CurvatureOperator
 
@@ -101,7 +101,7 @@ class RankSum:
             try:
                 product = self.operator.matmat(V) * self._fraction
             except Exception as error:  # whatever it is, the other ranks are about to wait for this one
-                _clear_frames(error)
+                clear_frames(error)
                 self.error = error
         if product is None:
             product = torch.full(tuple(V.shape), float("nan"), dtype=self.dtype, device=self.device)
@@ -128,10 +128,3 @@ class RankSum:
         moved = tensor.to(self._reduce_on).contiguous()
         dist.all_reduce(moved, op=reduction, group=self.group)
         return moved.to(tensor.device)
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Empties the frames that an exception and its causes keep: they hold graphs and activations."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

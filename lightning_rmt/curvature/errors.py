@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import re
+import traceback
+
+import torch
 
 
 class CurvatureError(RuntimeError):
     """A curvature product can't be had from this loss; the message says why and what to do."""
+
+
+class GraphTooLargeError(CurvatureError):
+    """The second-order graphs would take more memory than they may.
+
+    Attributes:
+        needed: bytes that they are expected to take.
+        limit: bytes that they may take.
+    """
+
+    def __init__(self, needed: int, limit: int) -> None:
+        self.needed = needed
+        self.limit = limit
+        super().__init__(
+            f"the second-order graphs take about {needed / 2**20:.3g} MiB, more than the {limit / 2**20:.3g} MiB that they "
+            "may: take smaller batches, fewer of them, or FiniteDifferenceHessian, which keeps no graph"
+        )
+
+    def __reduce__(self) -> tuple[type[GraphTooLargeError], tuple[int, int]]:
+        return (GraphTooLargeError, (self.needed, self.limit))
+
+
+class NotAMeanError(CurvatureError):
+    """The loss of a batch is not the mean of the losses of its pieces, so its Hessian can't be had from theirs."""
 
 
 class SecondDerivativeError(CurvatureError):
@@ -79,3 +106,24 @@ def explain(error: BaseException) -> CurvatureError | None:
             "was made (make a new one), or by an in-place operation in the loss"
         )
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this, or what caused it, is memory that could not be had."""
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        if isinstance(seen, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(seen, RuntimeError)
+            and ("can't allocate memory" in text or "out of memory" in text or "ALLOC_FAILED" in text)
+        ):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Empties the frames that an exception and its causes keep: they hold graphs and activations."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_rmt.curvature.errors import GraphTooLargeError
 from lightning_rmt.curvature.evaluation import (
     Evaluation,
     Loss,
@@ -20,6 +21,7 @@ from lightning_rmt.curvature.evaluation import (
     differentiate,
     evaluate,
 )
+from lightning_rmt.curvature.graph_memory import SECOND_ORDER_GROWTH, graph_bytes
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
 from lightning_rmt.curvature.randomness import RandomState
@@ -53,9 +55,13 @@ class Hessian(CurvatureOperator):
             the same state of the random number generators: the memory of one batch in place of all, for about
             twice the time. Buffers that the loss changes go on changing.
 
+        memory_limit: bytes that the graphs may take together, forecast from each batch's own graph before the second-order
+            one is built (`graph_memory`). None: no limit.
+
     Raises:
         TypeError: the loss is not a tensor, or the parameters aren't.
         ValueError: no batches, no parameters, or a loss that is not a finite scalar that depends on them.
+        GraphTooLargeError: the graphs would exceed ``memory_limit``.
         CurvatureError: a gradient is sparse, or autograd can't build its graph.
         SecondDerivativeError: from the constructor or from a product, where an operation has no second
             derivative.
@@ -72,8 +78,17 @@ class Hessian(CurvatureOperator):
                 [1., 3.]])
     """
 
-    def __init__(self, loss: Loss, parameters: Parameters, batches: Iterable[Any], *, keep_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: Parameters,
+        batches: Iterable[Any],
+        *,
+        keep_graphs: bool = True,
+        memory_limit: int | None = None,
+    ) -> None:
         super().__init__(ParameterBlock(parameters))
+        self._memory_limit = memory_limit
         listed = as_batches(batches)
         self._random = RandomState(p.device for p in self.block.tensors)
         self._graphs: list[_GradientGraph] = []
@@ -87,11 +102,21 @@ class Hessian(CurvatureOperator):
                     self._graphs.append(_graph(gradients))
                 del evaluation, gradients  # before the next batch needs the memory
             self._describe(mean)
+        self._memory_limit = None  # what fitted once isn't weighed again in every product
         self._fractions = mean.fractions
 
     def _evaluate(self, loss: Loss, batch: Any, index: int) -> tuple[Evaluation, list[Tensor | None]]:
         evaluation = evaluate(loss, (batch,), index)
+        if self._memory_limit is not None:
+            graph = graph_bytes([evaluation.loss], self.block.tensors)
+            needed = self.graph_bytes() + int(SECOND_ORDER_GROWTH * graph)
+            if needed > self._memory_limit:
+                raise GraphTooLargeError(needed, self._memory_limit)
         return evaluation, differentiate(evaluation.loss, self.block, index, create_graph=True)
+
+    def graph_bytes(self) -> int:
+        """Memory of the graphs that are kept now."""
+        return graph_bytes([g for graph in self._graphs for g in graph.gradients], self.block.tensors)
 
     def compare_routes(self, rows: int) -> bool:
         """Times products with ``rows`` vectors at once against one after the other, for `at_once`.

@@ -113,6 +113,10 @@ class CurvatureOperator(ABC):
         """
         return False
 
+    def graph_bytes(self) -> int:
+        """Memory of the autograd graphs that are kept between products; 0 where there are none."""
+        return 0
+
     @abstractmethod
     def _matmat(self, V: Tensor) -> Tensor:
         """Products with the rows of a detached ``V`` of the right shape, dtype and device; at least one row."""

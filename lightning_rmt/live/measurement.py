@@ -97,8 +97,15 @@ def measure_live(
             stack.enter_context(unsharded(module))
             mixed = settings.autocast and "mixed" in str(trainer.precision)
             operator, warnings, notes = build_operator(
-                module, batches, settings, mixed_precision=mixed, product=learned.product
+                module,
+                batches,
+                settings,
+                mixed_precision=mixed,
+                product=learned.product,
+                memory=memory,
             )
+            if check:
+                memory.graphs = operator.graph_bytes()
             stack.callback(operator.release)
             if probes > 1:
                 operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
@@ -121,7 +128,7 @@ def measure_live(
                     check=check,
                     basis=basis,
                     until=_rule(shared, light),
-                    on_forecast=lambda cost: rank_zero_info(_announcement(settings.name, cost)),
+                    on_forecast=lambda cost: rank_zero_info(_announcement(settings.name, cost, memory)),
                     on_step=on_step,
                 )
             except Exception:
@@ -160,10 +167,11 @@ def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Unt
     return CertifiedEnds(operator.size, operator.noise, top=light.top, bottom=light.bottom)
 
 
-def _announcement(name: str, cost: Forecast) -> str:
+def _announcement(name: str, cost: Forecast, memory: Memory) -> str:
+    mebi = [count / 2**20 for count in (cost.basis_bytes + memory.graphs, cost.basis_bytes, memory.graphs)]
     return (
-        f"SpectrumMonitor {name!r}: the first probe takes {cost.products} products, about {cost.seconds:.2g} s, and "
-        f"{cost.basis_bytes / 2**20:.2g} MiB for its basis"
+        f"SpectrumMonitor {name!r}: the first probe takes at most {cost.products} products, about {cost.seconds:.2g} s, and "
+        f"{mebi[0]:.2g} MiB ({mebi[1]:.2g} for its basis, {mebi[2]:.2g} for graphs) of {memory.free / 2**20:.0f} MiB free"
     )
 
 

@@ -60,20 +60,6 @@ def container_headroom(root: Path) -> int:
     return _UNLIMITED
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this, or what caused it, is memory that could not be had."""
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen)
-        if isinstance(seen, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(seen, RuntimeError)
-            and ("can't allocate memory" in text or "out of memory" in text or "ALLOC_FAILED" in text)
-        ):
-            return True
-        seen = seen.__cause__
-    return False
-
-
 class Plan(NamedTuple):
     """How a probe keeps its Lanczos basis.
 
@@ -125,27 +111,28 @@ class Memory:
     Attributes:
         largest_basis: the best basis that a probe may keep.
         graph_limit: bytes that its graphs may take, whatever is free; None: no limit of their own.
+        graphs: bytes that they took when that was last looked at.
+        free: bytes that were free before the last probe.
     """
 
     def __init__(self) -> None:
         self.largest_basis: Basis = "full"
         self.graph_limit: int | None = None
-        self._graphs = 0
+        self.graphs = 0
+        self.free = 0
         self._basis_bytes = 0
 
     def for_graphs(self, device: torch.device) -> int:
         """Bytes that the graphs of a probe on this device may take."""
-        self._graphs = self._basis_bytes = 0
-        allowed = int(SHARE * free_bytes(device))
+        self.free = free_bytes(device)
+        allowed = int(SHARE * self.free)
         return allowed if self.graph_limit is None else min(allowed, self.graph_limit)
 
-    def plan(
-        self, operator: SymmetricOperator, steps: int, probes: int, *, graphs: int = 0, light: bool = False
-    ) -> Plan:
-        """The basis of a probe with this operator, whose graphs, ``graphs`` bytes of them, are there already; see `plan`."""
+    def plan(self, operator: SymmetricOperator, steps: int, probes: int, *, light: bool = False) -> Plan:
+        """The basis of a probe with this operator, whose graphs are there already; see `plan`."""
         size, dtype, available = operator.size, operator.dtype, SHARE * free_bytes(operator.device)
         found = plan(size, steps, probes, dtype, available, largest=self.largest_basis, light=light)
-        self._graphs, self._basis_bytes = graphs, basis_bytes(found.basis, size, found.steps, dtype)
+        self._basis_bytes = basis_bytes(found.basis, size, found.steps, dtype)
         return found
 
     def ran_out(self) -> str:
@@ -153,12 +140,13 @@ class Memory:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        if self._basis_bytes > self._graphs and self.largest_basis != "none":
+        graphs = self.graphs if self.graph_limit is None else self.graph_limit
+        if self._basis_bytes > graphs and self.largest_basis != "none":
             self.largest_basis = BASES[BASES.index(self.largest_basis) + 1]
             kept = "in bfloat16" if self.largest_basis == "half" else "not at all (three vectors)"
             return f"the next probe keeps its Lanczos basis {kept}, and shows the density without eigenvalues"
-        if self._graphs:
-            self.graph_limit = int(SMALLER * self._graphs)
+        if graphs > 1:
+            self.graph_limit = int(SMALLER * graphs)
             return f"the next probe's graphs get {self.graph_limit / 2**20:.3g} MiB, and are built in pieces if need be"
         return "it had begun with as little as it could"
 

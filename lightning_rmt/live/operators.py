@@ -11,14 +11,15 @@ from torch import Tensor
 
 from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError
 from lightning_rmt.curvature.finite_difference import FiniteDifferenceHessian
+from lightning_rmt.curvature.fitting import fitting_hessian
 from lightning_rmt.curvature.gauss_newton import GaussNewton
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
-from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import hooked_parameters, select_parameters
 from lightning_rmt.krylov.lanczos import rounding_noise, start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
 from lightning_rmt.live.loss import curvature_loss
+from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException
 from lightning_rmt.live.settings import Curvature, OutputsFn, ProbeSettings, Product
 
@@ -64,6 +65,7 @@ def build_operator(
     *,
     mixed_precision: bool,
     product: Product,
+    memory: Memory,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     """The operator on this rank's batches, what to warn of about it, and sentences to keep with what it shows.
 
@@ -75,13 +77,14 @@ def build_operator(
         product: ``"auto"`` tries double backward once and falls back to central differences, which check themselves, where
             an operation has no second derivative; ``"finite_difference"`` takes forward differences, whose error is
             measured.
+        memory: what the graphs of exact products of the Hessian may take; it learns what they took.
 
     Raises:
         CurvatureError: the product can't be had; the message says what to do.
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), settings.parameters)
-    operator, fallback, notes = _operator(module, chosen, captured, settings, product)
+    operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     return operator, (*fallback, *_warnings(operator)), notes
@@ -93,6 +96,7 @@ def _operator(
     captured: Sequence[CapturedBatch],
     settings: ProbeSettings,
     product: Product,
+    memory: Memory,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if settings.curvature == "ggn":
         return _gauss_newton(module, chosen, captured, settings.outputs_fn), (), ()
@@ -102,8 +106,9 @@ def _operator(
     if settings.product == "finite_difference":
         return _forward_differences(loss, chosen, captured)
     try:
-        hessian = Hessian(loss, chosen, captured)
+        hessian, fitted = fitting_hessian(loss, chosen, captured, memory.for_graphs(chosen[0][1].device))
         if product == "auto":
+            memory.graphs = hessian.graph_bytes()
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here
     except SecondDerivativeError as error:
         if product == "exact":
@@ -118,7 +123,7 @@ def _operator(
                 '("ggn", "gradient_covariance")'
             ) from refused
         return operator, (note,), ()
-    return hessian, (), ()
+    return hessian, (), (f"memory is short: {fitted}",) if fitted else ()
 
 
 def _forward_differences(

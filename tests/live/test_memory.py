@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from harness import Case, differences, train
-from live_models import Metered, vectors
+from live_models import Classifier, Metered, vectors
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt import SpectrumMonitor
+from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.live import memory as live_memory
 from lightning_rmt.live.memory import (
     FEWEST_LIGHT_STEPS,
@@ -23,7 +26,6 @@ from lightning_rmt.live.memory import (
     Plan,
     container_headroom,
     free_bytes,
-    is_out_of_memory,
     plan,
 )
 
@@ -132,14 +134,15 @@ def test_after_an_out_of_memory_the_larger_part_gets_smaller(monkeypatch):
     monkeypatch.setattr(live_memory, "free_bytes", lambda device: 10**9)
     memory = Memory()
     assert memory.for_graphs(torch.device("cpu")) == int(SHARE * 10**9)
-    assert memory.plan(operator(), M, 1, graphs=10) == Plan("full", M)
+    assert "as little as it could" in memory.ran_out()  # nothing was there yet
+    memory.graphs = 8000
+    assert memory.plan(operator(), M, 1) == Plan("full", M)
     assert "in bfloat16" in memory.ran_out()
-    assert memory.plan(operator(), M, 1, graphs=10) == Plan("half", M)
+    assert memory.plan(operator(), M, 1) == Plan("half", M)
     assert "not at all" in memory.ran_out()
-    assert memory.plan(operator(), M, 1, graphs=8000) == Plan("none", M)
+    assert memory.plan(operator(), M, 1) == Plan("none", M)
     assert "graphs get" in memory.ran_out()
     assert memory.for_graphs(torch.device("cpu")) == 2000
-    assert "as little as it could" in memory.ran_out()  # nothing of this probe was there yet
     state = json.loads(json.dumps(memory.state_dict()))
     other = Memory()
     other.load_state_dict(state)
@@ -198,3 +201,51 @@ def test_the_probe_after_an_out_of_memory_is_smaller_and_the_log_says_so(tmp_pat
     assert differences(prints, train(CASE, tmp_path / "control")) == []
     assert [entry.step for entry in watch.history] == [4, 8]
     assert any("bfloat16" in note for note in watch.reading.notes)
+
+
+def many() -> DataLoader:
+    """Two batches of 96 samples: graphs of activations rather than of weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(192, 6, generator=generator), torch.randint(3, (192,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=96, shuffle=True)
+
+
+class Small(Classifier):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3)))
+
+
+def test_graphs_that_do_not_fit_are_built_in_pieces(tmp_path, monkeypatch):
+    """The same eigenvalues, from products with two of four samples at a time; and the reading says so."""
+    case = Case("mlp without dropout", Small, many)
+    whole = monitor(on_error="raise", lanczos_steps=30)
+    train(case, tmp_path / "whole", whole)
+    needed = whole._memory.graphs
+    assert needed > 0
+    monkeypatch.setattr(Memory, "for_graphs", lambda self, device: int(0.9 * needed))
+    watch = monitor(on_error="raise", lanczos_steps=30)
+    assert differences(train(case, tmp_path / "watched", watch), train(case, tmp_path / "control")) == []
+    assert any("memory is short: pieces of" in note for note in watch.reading.notes)
+    assert watch.reading.spectrum.lambda_max.value == pytest.approx(whole.reading.spectrum.lambda_max.value, rel=1e-5)
+    assert watch.reading.samples == whole.reading.samples == 96
+
+
+def test_a_product_that_runs_out_of_memory_leads_to_a_smaller_probe(tmp_path, monkeypatch):
+    from lightning_rmt.curvature.hessian import Hessian
+
+    product = Hessian._batch_products
+
+    def fails(self: Hessian, index: int, V: torch.Tensor) -> torch.Tensor:
+        if self._rerun is None and self.samples == 96:  # with whole graphs
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return product(self, index, V)
+
+    monkeypatch.setattr(Hessian, "_batch_products", fails)
+    monkeypatch.setattr(Memory, "plan", lambda self, operator, steps, probes, light=False: Plan("full", steps))
+    case = Case("dropout", Metered, many)
+    watch = monitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="out of memory.*the next probe's graphs get .* MiB, and are built in pieces"):
+        prints = train(case, tmp_path / "watched", watch)
+    assert differences(prints, train(case, tmp_path / "control")) == []
+    assert [entry.step for entry in watch.history] == [1, 2, 3]
+    assert any("memory is short: the first" in note for note in watch.reading.notes)

@@ -1,0 +1,137 @@
+"""The Hessian in the memory that there is: graphs kept, built anew in every product, or built in pieces of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+
+from lightning_rmt.curvature.batches import micro_batches, sample_count
+from lightning_rmt.curvature.errors import GraphTooLargeError, NotAMeanError, clear_frames, is_out_of_memory
+from lightning_rmt.curvature.evaluation import Loss, Mean, as_batches, differentiable, differentiate, evaluate
+from lightning_rmt.curvature.hessian import Hessian
+from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
+from lightning_rmt.krylov.lanczos import rounding_noise
+
+#: How to build an operator with so many samples of a batch at a time, and words for that.
+Attempt: TypeAlias = tuple[Callable[[int], Hessian], int, str]
+
+
+def fitting_hessian(
+    loss: Loss, parameters: Parameters, batches: Iterable[Any], memory_limit: int | None = None
+) -> tuple[Hessian, str]:
+    """The fastest form of the Hessian whose graphs fit.
+
+    In this order: all graphs kept (a product takes about two gradients); with several batches, one batch's graph at a time,
+    built anew in every product (about four); the batches cut in halves, quarters and so on, one piece's graph at a time; and
+    where a loss can't be cut (see `hessian_in_pieces`), the first half, quarter and so on of every batch's samples only.
+    What an attempt held is gone before the next one begins.
+
+    Args:
+        loss: as for `Hessian`.
+        parameters: as for `Hessian`.
+        batches: as for `Hessian`.
+        memory_limit: bytes that graphs may take at a time. None: whatever the device gives.
+
+    Returns:
+        The operator, and words on what was done to make it fit; empty where nothing had to be.
+
+    Raises:
+        GraphTooLargeError: not even one sample's graph fits.
+        Exception: as `Hessian`; an out-of-memory where nothing smaller is left to try.
+    """
+    block, listed = ParameterBlock(parameters), as_batches(batches)
+    named = list(zip(block.names, block.tensors, strict=True))
+    largest = max(sample_count(batch) for batch in listed)
+
+    def kept(samples: int) -> Hessian:
+        chosen = [micro_batches(batch, samples)[0] for batch in listed]
+        return Hessian(loss, named, chosen, memory_limit=memory_limit)
+
+    def batch_by_batch(samples: int) -> Hessian:
+        return Hessian(loss, named, listed, keep_graphs=False, memory_limit=memory_limit)
+
+    def in_pieces(samples: int) -> Hessian:
+        return hessian_in_pieces(loss, named, listed, samples, memory_limit=memory_limit)
+
+    halves = list(_halves(largest))
+    anew = "graph at a time, built anew in every product"
+    attempts: list[Attempt] = [(kept, largest, "")]
+    if len(listed) > 1:
+        attempts.append((batch_by_batch, largest, f"one batch's {anew}"))
+    attempts += [(in_pieces, n, f"pieces of {n} of {largest} samples, one piece's {anew}") for n in halves]
+    fewer: list[Attempt] = [(kept, n, f"the first {n} of {largest} samples only") for n in halves]
+
+    reason = ""
+    while True:
+        attempt, samples, words = attempts.pop(0)
+        try:
+            return attempt(samples), f"{words}, because {reason}" if words else ""
+        except NotAMeanError:
+            attempts, reason = fewer, f"{reason} and the loss is no mean over samples"
+        except Exception as error:
+            if not attempts or not (isinstance(error, GraphTooLargeError) or is_out_of_memory(error)):
+                raise
+            too_large = isinstance(error, GraphTooLargeError)
+            reason = reason or (str(error).split(":")[0] if too_large else "memory ran out while graphs were built")
+            clear_frames(error)  # they hold the graph that didn't fit
+
+
+def _halves(number: int) -> Iterator[int]:
+    while number > 1:
+        number = -(-number // 2)
+        yield number
+
+
+def hessian_in_pieces(
+    loss: Loss, parameters: Parameters, batches: Iterable[Any], samples: int, *, memory_limit: int | None = None
+) -> Hessian:
+    """The Hessian of whole batches from products with pieces of them, one piece's graph at a time.
+
+    The same matrix as long as a batch's loss is the mean over its samples (or the loss returns weights). Batch normalisation
+    in training mode, dropout, contrastive losses and means over valid tokens aren't: loss and gradient of the whole batches,
+    which need one derivative only, are compared with the pieces' own.
+
+    Args:
+        loss: as for `Hessian`.
+        parameters: as for `Hessian`.
+        batches: as for `Hessian`.
+        samples: in a piece.
+        memory_limit: bytes that a piece's graph may take.
+
+    Raises:
+        NotAMeanError: the pieces' loss or gradient is another one than the whole's.
+        GraphTooLargeError: a piece's graph is larger than ``memory_limit``.
+    """
+    block, listed = ParameterBlock(parameters), as_batches(batches)
+    pieces = [piece for batch in listed for piece in micro_batches(batch, samples)]
+    whole, _ = _first_order(loss, block, listed)
+    parts, spread = _first_order(loss, block, pieces)
+    noise = max(rounding_noise(p.dtype) for p in block.tensors)
+    tolerance = min(max(100 * noise, 1e-6), 0.05)
+    size = max(abs(whole.loss()), torch.finfo(torch.float32).tiny)
+    differ = {
+        "loss": abs(parts.loss() - whole.loss()) / size,
+        "gradient": float((parts.gradient - whole.gradient).norm()) / max(spread, torch.finfo(torch.float32).tiny),
+    }
+    if not max(differ.values()) <= tolerance:  # NaN differs
+        raise NotAMeanError(
+            f"in pieces of {samples} samples the loss is another one (off by {differ['loss']:.1e}, its gradient by "
+            f"{differ['gradient']:.1e}): it isn't a mean over samples (batch normalisation in training mode, dropout, a "
+            "contrastive loss, a mean over valid tokens). Return (loss, weight) from the loss, or take finite differences, "
+            "which keep no second-order graph"
+        )
+    named = list(zip(block.names, block.tensors, strict=True))
+    return Hessian(loss, named, pieces, keep_graphs=False, memory_limit=memory_limit)
+
+
+def _first_order(loss: Loss, block: ParameterBlock, batches: list[Any]) -> tuple[Mean, float]:
+    """Loss and gradient, and the mean length of the batches' gradients: what a difference is to be compared with."""
+    mean, lengths = Mean(block), []
+    with differentiable():
+        for index, batch in enumerate(batches):
+            evaluation = evaluate(loss, (batch,), index)
+            lengths.append(float(mean.add(evaluation, differentiate(evaluation.loss, block, index)).norm()))
+            del evaluation
+    return mean, sum(f * length for f, length in zip(mean.fractions, lengths, strict=True))
