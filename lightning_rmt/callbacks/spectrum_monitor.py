@@ -9,7 +9,6 @@ from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
 
-from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.measurement import measure_live
@@ -424,8 +423,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._off = self._failures >= FAILURES_IN_A_ROW
         ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
         reason = f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
-            reason = f"{reason}; {self._memory.ran_out()}"
+        if smaller := self._memory.shrink(error):
+            reason = f"{reason}; {smaller}"
         new = self._once.is_new(reason)
         whose = trainer.is_global_zero or not isinstance(error, OtherRankFailedError)  # the other rank's log says why
         if whose and (new or self._off):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_rmt.curvature.errors import GraphTooLargeError, is_out_of_memory
 from lightning_rmt.krylov.lanczos import BASES, Basis, SymmetricOperator, basis_bytes
 
 #: Share of the free memory that a probe may take. The rest is for what it holds for a moment (the temporaries of a backward
@@ -135,8 +136,19 @@ class Memory:
         self._basis_bytes = basis_bytes(found.basis, size, found.steps, dtype)
         return found
 
-    def ran_out(self) -> str:
-        """Makes the next probe smaller where this one was largest; a sentence that says how."""
+    def shrink(self, error: BaseException) -> str | None:
+        """What a probe that failed means for the next one: where memory ran out, it is to be smaller; words that say how.
+
+        Returns:
+            None where it didn't fail for want of memory.
+        """
+        if isinstance(error, GraphTooLargeError) and self.graph_limit is not None:  # it asked for more than can be done
+            self.graph_limit = max(self.graph_limit, error.needed)
+            return "the next probe's graphs get just that"
+        return self._after_out_of_memory() if is_out_of_memory(error) else None
+
+    def _after_out_of_memory(self) -> str:
+        """The part that took most gets smaller."""
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -147,21 +147,26 @@ def control(tmp_path_factory) -> Fingerprint:
 
 @EVERY_FAULT
 def test_training_goes_on_as_if_nothing_had_been(loss_fn, kind, words, control, tmp_path):
-    """Two warnings in all: of the reason at the first probe, and at the third one that the monitor is off."""
+    """Two warnings in all: of the reason at the first probe, and at the third one that the monitor is off.
+
+    Where memory runs out in a product, the second probe is a smaller one, and fails in another way.
+    """
     called, watch = [], monitor(loss_fn=lambda module, batch: called.append(1) or loss_fn(module, batch))
     prints, said = watched(CASE, tmp_path, watch)
     assert differences(prints, control) == []
-    assert len(said) == 2
-    for sentence in said:
+    smaller = loss_fn is runs_out_of_memory_in_a_product
+    assert len(said) == (3 if smaller else 2)
+    for sentence in (said[0], said[-1]):
         assert re.search(words, sentence)
         assert "the training is unaffected" in sentence
         assert kind.__name__ in sentence
     assert "after step 0" in said[0]
     assert "off" not in said[0]
-    assert "after step 4" in said[1]
-    assert "failure 3 in a row: the monitor is off now" in said[1]
+    assert "after step 4" in said[-1]
+    assert "failure 3 in a row: the monitor is off now" in said[-1]
+    assert not smaller or "graphs get" in said[0]
     pieces = loss_fn in (runs_out_of_memory, runs_out_of_gpu_memory)  # whole, in halves, and sample by sample
-    assert len(called) == 3 * (3 if pieces else 1)
+    assert smaller or len(called) == 3 * (3 if pieces else 1)
     assert watch.history == []
     assert watch.reading is None
     assert not list(tmp_path.rglob("*.npz"))

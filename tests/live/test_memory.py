@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt import SpectrumMonitor
-from lightning_rmt.curvature.errors import is_out_of_memory
+from lightning_rmt.curvature.errors import GraphTooLargeError, is_out_of_memory
 from lightning_rmt.live import memory as live_memory
 from lightning_rmt.live.memory import (
     FEWEST_LIGHT_STEPS,
@@ -134,19 +134,22 @@ def test_after_an_out_of_memory_the_larger_part_gets_smaller(monkeypatch):
     monkeypatch.setattr(live_memory, "free_bytes", lambda device: 10**9)
     memory = Memory()
     assert memory.for_graphs(torch.device("cpu")) == int(SHARE * 10**9)
-    assert "as little as it could" in memory.ran_out()  # nothing was there yet
+    assert "as little as it could" in memory.shrink(MemoryError())  # nothing was there yet
     memory.graphs = 8000
     assert memory.plan(operator(), M, 1) == Plan("full", M)
-    assert "in bfloat16" in memory.ran_out()
+    assert "in bfloat16" in memory.shrink(MemoryError())
     assert memory.plan(operator(), M, 1) == Plan("half", M)
-    assert "not at all" in memory.ran_out()
+    assert "not at all" in memory.shrink(MemoryError())
     assert memory.plan(operator(), M, 1) == Plan("none", M)
-    assert "graphs get" in memory.ran_out()
+    assert "graphs get" in memory.shrink(MemoryError())
     assert memory.for_graphs(torch.device("cpu")) == 2000
+    assert memory.shrink(KeyError("another reason")) is None
+    assert "just that" in memory.shrink(GraphTooLargeError(2500, 2000))  # the smallest form that there is
+    assert memory.for_graphs(torch.device("cpu")) == 2500
     state = json.loads(json.dumps(memory.state_dict()))
     other = Memory()
     other.load_state_dict(state)
-    assert (other.largest_basis, other.graph_limit) == ("none", 2000)
+    assert (other.largest_basis, other.graph_limit) == ("none", 2500)
 
 
 # --- on a real training -------------------------------------------------------------------------------------------------
