@@ -6,9 +6,9 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, Literal
 
+from lightning_rmt.callbacks.arguments import at_least_one, choose, refuse_bad_values
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.measurement import measure_live
@@ -128,11 +128,11 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         custom_scalars: bool = False,
     ) -> None:
         super().__init__()
-        _at_least_one(lanczos_steps=lanczos_steps, probes=probes, batches=batches, microbatch=microbatch)
-        _validate(every_n_steps, light_every_n_steps, max_overhead, parameters, seed, name)
-        _choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
-        _choose("product", product, ("auto", "exact", "finite_difference"))
-        _choose("on_error", on_error, ("warn", "raise"))
+        at_least_one(lanczos_steps=lanczos_steps, probes=probes, batches=batches, microbatch=microbatch)
+        refuse_bad_values(every_n_steps, light_every_n_steps, max_overhead, parameters, seed, name)
+        choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
+        choose("product", product, ("auto", "exact", "finite_difference"))
+        choose("on_error", on_error, ("warn", "raise"))
         if levels is not None:
             raise MisconfigurationException(
                 "level statistics are not available in this version: they need exact spectra, not Ritz values. "
@@ -433,43 +433,3 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 f"is unaffected: {reason}{ending}",
                 stacklevel=3,
             )
-
-
-def _choose(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _at_least_one(**arguments: int) -> None:
-    for argument, value in arguments.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
-
-
-def _validate(
-    every_n_steps: int | None,
-    light_every_n_steps: int | None,
-    max_overhead: float,
-    parameters: list[str] | None,
-    seed: int,
-    name: str,
-) -> None:
-    if every_n_steps is not None and (not isinstance(every_n_steps, Integral) or every_n_steps < 1):
-        raise ValueError(
-            f"every_n_steps must be an integer of at least 1, or None for a schedule by budget, got {every_n_steps!r}"
-        )
-    if light_every_n_steps is not None:
-        _at_least_one(light_every_n_steps=light_every_n_steps)
-        if every_n_steps is None or every_n_steps % light_every_n_steps or every_n_steps == light_every_n_steps:
-            raise ValueError(
-                f"light_every_n_steps must divide every_n_steps and be smaller, got {light_every_n_steps} and "
-                f"{every_n_steps}; without every_n_steps the budget decides on light probes too"
-            )
-    if not 0.0 < max_overhead <= 1.0:
-        raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
-    if parameters is not None and (isinstance(parameters, str) or not parameters):
-        raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")

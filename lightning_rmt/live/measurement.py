@@ -86,7 +86,7 @@ def measure_live(
     probes = settings.probes if light is None else 1
     with ExitStack() as stack:
 
-        def prepare() -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
+        def prepare() -> tuple[CurvatureOperator, Plan, tuple[str, ...], tuple[str, ...]]:
             batches = captured()
             if not batches:
                 raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
@@ -97,25 +97,20 @@ def measure_live(
             stack.enter_context(unsharded(module))
             mixed = settings.autocast and "mixed" in str(trainer.precision)
             operator, warnings, notes = build_operator(
-                module,
-                batches,
-                settings,
-                mixed_precision=mixed,
-                product=learned.product,
-                memory=memory,
+                module, batches, settings, mixed_precision=mixed, product=learned.product, memory=memory
             )
+            stack.callback(operator.release)
             if check:
                 memory.graphs = operator.graph_bytes()
-            stack.callback(operator.release)
             if probes > 1:
                 operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
-            return operator, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
+            plan = memory.plan(operator, settings.lanczos_steps, probes, light=light is not None)
+            return operator, plan, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
 
-        operator, warnings, notes = ranks.together(prepare)
+        operator, mine, warnings, notes = ranks.together(prepare)
         shared = operator if ranks.group is None else RankSum(operator, ranks.group)
-        wanted = min(settings.lanczos_steps, operator.size)
-        basis, steps = _agreed(ranks, memory.plan(operator, wanted, probes, light=light is not None))
-        notes = (*notes, *_lesser(basis, steps, wanted))
+        basis, steps = _agreed(ranks, mine)
+        notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
         on_step = stack.enter_context(probe_progress(trainer, settings.name, probes * steps))
 
         def run() -> Measurement:

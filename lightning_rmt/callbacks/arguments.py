@@ -1,0 +1,48 @@
+"""What a callback's arguments may be; each function raises a ValueError that names the argument."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+
+def choose(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuses a word that isn't among the choices."""
+    if value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def at_least_one(**arguments: int) -> None:
+    """Refuses what isn't a positive integer."""
+    for argument, value in arguments.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r}")
+
+
+def refuse_bad_values(
+    every_n_steps: int | None,
+    light_every_n_steps: int | None,
+    max_overhead: float,
+    parameters: list[str] | None,
+    seed: int,
+    name: str,
+) -> None:
+    """Refuses what is out of its range, in words that say what is expected."""
+    if every_n_steps is not None and (not isinstance(every_n_steps, Integral) or every_n_steps < 1):
+        raise ValueError(
+            f"every_n_steps must be an integer of at least 1, or None for a schedule by budget, got {every_n_steps!r}"
+        )
+    if light_every_n_steps is not None:
+        at_least_one(light_every_n_steps=light_every_n_steps)
+        if every_n_steps is None or every_n_steps % light_every_n_steps or every_n_steps == light_every_n_steps:
+            raise ValueError(
+                f"light_every_n_steps must divide every_n_steps and be smaller, got {light_every_n_steps} and "
+                f"{every_n_steps}; without every_n_steps the budget decides on light probes too"
+            )
+    if not 0.0 < max_overhead <= 1.0:
+        raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
+    if parameters is not None and (isinstance(parameters, str) or not parameters):
+        raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
