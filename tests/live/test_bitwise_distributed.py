@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import nn
 from two_ranks import on_two_ranks
 
 from lightning_rmt import SpectrumMonitor
+from lightning_rmt.live import memory
 
 # of Lightning: the metrics of one rank are what the test is about
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
@@ -121,6 +124,43 @@ def test_training_on_two_ranks_is_the_same(case, tmp_path_factory):
         assert rank["taken"][2] == 0
         assert rank["told"]
     assert one["spectrum"] == two["spectrum"]
+
+
+def two_speeds_on_this_rank(case: Case, directory: Path) -> dict[str, Any]:
+    """Light and full probes, by steps and by budget; and a rank with less memory, or one that runs out of it."""
+    control, seen = train(case, directory), {}
+    fixed = SpectrumMonitor(every_n_steps=6, light_every_n_steps=2, lanczos_steps=30, on_error="raise")
+    seen["fixed"] = differences(train(case, directory, fixed), control)
+    budget = SpectrumMonitor(max_overhead=1.0, lanczos_steps=20, on_error="raise")
+    long = replace(case, trainer=lambda: {**case.trainer(), "max_epochs": 10})
+    seen["budget"] = differences(train(long, directory, budget), train(long, directory))
+    for name, monitor in (("fixed", fixed), ("budget", budget)):
+        seen[f"{name} probes"] = [(e.step, e.speed, e.products, e.lambda_max) for e in monitor.history]
+
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else int(os.environ["LOCAL_RANK"])
+    size = sum(p.numel() for p in case.module().parameters())
+    whole = memory.free_bytes
+    memory.free_bytes = lambda device: 8 * 4 * size / memory.SHARE if rank == 1 else whole(device)
+    try:
+        short = SpectrumMonitor(every_n_steps=6, lanczos_steps=30, on_error="raise")
+        seen["short"] = differences(train(case, directory, short), control)
+        seen["basis"] = [run.reorthogonalised for run in short.reading.spectrum.runs]
+        seen["spectrum"] = digest([short.reading.spectrum.nodes])
+    finally:
+        memory.free_bytes = whole
+    return seen
+
+
+def test_two_speeds_and_uneven_memory_on_two_ranks(tmp_path):
+    case = CASES[0]
+    one, two = on_two_ranks(two_speeds_on_this_rank, tmp_path, case, tmp_path)
+    for rank in (one, two):
+        assert rank["fixed"] == rank["budget"] == rank["short"] == []
+        assert {speed for _, speed, _, _ in rank["fixed probes"]} == {"full", "light"}
+        assert len(rank["budget probes"]) > 2
+        assert rank["basis"] == [False]  # what the poorer rank can afford
+    for key in ("fixed probes", "budget probes", "spectrum"):
+        assert one[key] == two[key]
 
 
 class WrapperProbe(ProductProbe):
