@@ -86,9 +86,13 @@ def raw_moments(
     means = np.array([np.sum(levels**order) / size for order in orders]) + share * rest_means
     spread = np.zeros((len(orders), len(orders)))
     for rest in rests:
-        nodes, weights = told_apart(rest, quadrature.rounding)
-        weights = np.where(weights * rest_size > COPY_LEVELS, np.maximum(weights, LEAST_LEVELS / rest_size), weights)
-        deviations = np.stack([nodes**order for order in orders]) - rest_means[:, None]
+        # Nodes within rounding of each other are raised together, but keep their places: a bulk that is narrow beside the
+        # largest eigenvalue is a chain of such neighbours, and all of the trace's variance.
+        _, mass = told_apart(rest, quadrature.rounding)
+        raised = np.where(mass * rest_size > COPY_LEVELS, np.maximum(mass, LEAST_LEVELS / rest_size), mass)
+        group = np.append(0, np.cumsum(np.diff(rest.nodes) > quadrature.rounding))
+        weights = rest.weights * (raised / np.where(mass > 0, mass, 1.0))[group]
+        deviations = np.stack([rest.nodes**order for order in orders]) - rest_means[:, None]
         spread += (deviations * weights) @ deviations.T / len(rests)
     covariance = share**2 * 2 / (rest_size + 2) * spread / max(len(rests), 1)
     return means, covariance

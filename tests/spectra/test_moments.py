@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from known_spectra import hessian_like, marchenko_pastur, power_law, semicircle, spectrum_of
 
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
+from lightning_rmt.probe import estimate_spectrum
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -119,3 +121,27 @@ def test_everything_scales_with_the_operator():
         assert scaled.free_cumulants().kurtosis.mean == pytest.approx(base.free_cumulants().kurtosis.mean, rel=1e-6)
         assert [level.value for level in scaled.top] == pytest.approx([c * level.value for level in base.top])
         assert scaled.outliers.high.gap_spacings == pytest.approx(base.outliers.high.gap_spacings, rel=1e-8)
+
+
+class NarrowBulk:
+    """One level of 1 above a bulk of half-width 1e-4, which float32 resolves to a few parts of it."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, n=20_000):
+        bulk = 1e-4 * (2 * np.random.default_rng(0).beta(1.5, 1.5, n - 1) - 1)
+        self.values = torch.tensor(np.append(bulk, 1.0), dtype=torch.float32)
+        self.size = n
+
+    def matmat(self, V):
+        return V * self.values
+
+
+def test_a_bulk_that_is_narrow_beside_the_largest_eigenvalue_keeps_its_sampling_error():
+    """Its nodes are within rounding of the largest of each other, but they are all of the trace's variance."""
+    operator = NarrowBulk()
+    truth = float(operator.values.double().sum())
+    traces = [estimate_spectrum(operator, steps=60, seed=seed).trace for seed in range(30)]
+    z = np.array([(trace.mean - truth) / trace.stderr for trace in traces])
+    assert 0.6 < np.sqrt(np.mean(z**2)) < 1.5
+    assert (np.abs(z) < 4).all()

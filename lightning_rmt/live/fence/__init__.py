@@ -7,7 +7,7 @@ with fence(trainer, module, seed=0):
 ```
 
 After the block, also after an exception or Ctrl-C inside it, training goes on bitwise as if the block had not been.
-Each of `PARTS` guards one thing; tests/live/test_fence.py takes them away one at a time and sees training change.
+Each of `PARTS` guards one thing; tests/live/test_bitwise.py takes them away one at a time and sees training change.
 
 | part | guards |
 |---|---|
