@@ -124,7 +124,7 @@ class Hessian(CurvatureOperator):
         At once means one backward pass that is vectorised over the rows (`torch.vmap`): fewer and larger kernels, but not
         of every operation. On one CPU thread two rows took 0.98, 1.17, 1.17 and 1.37 times as long at once (an MLP, a
         ResNet-20, a GPT and an LSTM), eight rows 1.01, 1.86, 1.18 and 1.31 times; where launching kernels is what costs it
-        is another matter. So it is measured and never assumed. Takes three products of either kind, and waits for the device.
+        is another matter. So it is measured and never assumed. Takes three products of either kind and waits for the device.
 
         Returns:
             Whether products at once were faster, and the same to rounding.
