@@ -66,6 +66,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
             for forward differences; without a check that length.
         scheme: ``"central"`` or ``"forward"``.
         tolerance: the largest error that passes; infinity to take what comes, without a test.
+        memory_limit: bytes that the graphs of double backward may take while errors are measured; None: no limit.
 
     Attributes:
         step: the step h in use.
@@ -104,6 +105,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
         *,
         scheme: Scheme = "central",
         tolerance: float = TOLERANCE,
+        memory_limit: int | None = None,
     ) -> None:
         super().__init__(ParameterBlock(parameters))
         for name, p in zip(self.block.names, self.block.tensors, strict=True):
@@ -116,6 +118,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
         if scheme not in ("central", "forward"):
             raise ValueError(f"scheme must be 'central' or 'forward', got {scheme!r}")
         self.scheme = scheme
+        self._memory_limit = memory_limit
         self._loss: Loss | None = loss
         self._batches = as_batches(batches)
         self._random = RandomState(p.device for p in self.block.tensors)
@@ -203,7 +206,11 @@ class FiniteDifferenceHessian(CurvatureOperator):
         assert self._loss is not None
         named = zip(self.block.names, self.block.tensors, strict=True)
         keep = len(self._batches) == 1  # else rebuilt for every product: the memory of one batch's graph
-        with self._random.replay(), Hessian(self._loss, named, self._batches, keep_graphs=keep) as exact:
+        limit = self._memory_limit
+        with (
+            self._random.replay(),
+            Hessian(self._loss, named, self._batches, keep_graphs=keep, memory_limit=limit) as exact,
+        ):
             if not difference(exact.gradient, self.gradient) <= _SAME_FUNCTION:
                 return None
             return self._errors(exact.matvec, "double backward", step, tolerance)

@@ -100,13 +100,13 @@ def _operator(
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if settings.curvature == "ggn":
         return _gauss_newton(module, chosen, captured, settings.outputs_fn), (), ()
-    loss = curvature_loss(module, settings.loss_fn)
+    loss, limit = curvature_loss(module, settings.loss_fn), memory.for_graphs(chosen[0][1].device)
     if settings.curvature == "gradient_covariance":
         return GradientCovariance(loss, chosen, captured, settings.microbatch), (), ()
     if settings.product == "finite_difference":
-        return _forward_differences(loss, chosen, captured)
+        return _forward_differences(loss, chosen, captured, limit)
     try:
-        hessian, fitted = fitting_hessian(loss, chosen, captured, memory.for_graphs(chosen[0][1].device))
+        hessian, fitted = fitting_hessian(loss, chosen, captured, limit)
         if product == "auto":
             memory.graphs = hessian.graph_bytes()
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here
@@ -127,10 +127,10 @@ def _operator(
 
 
 def _forward_differences(
-    loss: Any, chosen: list[tuple[str, Tensor]], captured: Sequence[CapturedBatch]
+    loss: Any, chosen: list[tuple[str, Tensor]], captured: Sequence[CapturedBatch], memory_limit: int
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     try:
-        operator = FiniteDifferenceHessian(loss, chosen, captured, scheme="forward")
+        operator = FiniteDifferenceHessian(loss, chosen, captured, scheme="forward", memory_limit=memory_limit)
     except CurvatureError as refused:
         raise CurvatureError(
             f"product='finite_difference' can't be had from this loss, product='auto' may: {refused}"

@@ -267,3 +267,13 @@ def test_release():
         pass
     with pytest.raises(RuntimeError, match="released"):
         H.matvec(torch.ones(H.size, dtype=H.dtype))
+
+
+def test_where_exact_products_do_not_fit_central_differences_measure_the_error():
+    made = cases.build("mlp tanh")
+    roomy = FiniteDifferenceHessian(made.loss, made.parameters, made.batches, scheme="forward", memory_limit=2**40)
+    tight = FiniteDifferenceHessian(made.loss, made.parameters, made.batches, scheme="forward", memory_limit=1)
+    assert (roomy.measured.method, roomy.doubts) == ("double backward", "")
+    assert tight.measured.method == "central differences"
+    assert "second-order graphs take about" in tight.doubts
+    assert tight.product_error == pytest.approx(roomy.product_error, rel=0.5)
