@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from lightning_rmt.curvature.batches import micro_batches, sample_count
 from lightning_rmt.curvature.errors import GraphTooLargeError, NotAMeanError, clear_frames, is_out_of_memory
@@ -19,7 +20,11 @@ Attempt: TypeAlias = tuple[Callable[[int], Hessian], int, str]
 
 
 def fitting_hessian(
-    loss: Loss, parameters: Parameters, batches: Iterable[Any], memory_limit: int | None = None
+    loss: Loss,
+    parameters: Parameters,
+    batches: Iterable[Any],
+    memory_limit: int | None = None,
+    resident: Iterable[Tensor] = (),
 ) -> tuple[Hessian, str]:
     """The fastest form of the Hessian whose graphs fit.
 
@@ -33,6 +38,7 @@ def fitting_hessian(
         parameters: as for `Hessian`.
         batches: as for `Hessian`.
         memory_limit: bytes that graphs may take at a time. None: whatever the device gives.
+        resident: as for `Hessian`.
 
     Returns:
         The operator, and words on what was done to make it fit; empty where nothing had to be.
@@ -43,17 +49,18 @@ def fitting_hessian(
     """
     block, listed = ParameterBlock(parameters), as_batches(batches)
     named = list(zip(block.names, block.tensors, strict=True))
+    limits: dict[str, Any] = {"memory_limit": memory_limit, "resident": list(resident)}
     largest = max(sample_count(batch) for batch in listed)
 
     def kept(samples: int) -> Hessian:
         chosen = [micro_batches(batch, samples)[0] for batch in listed]
-        return Hessian(loss, named, chosen, memory_limit=memory_limit)
+        return Hessian(loss, named, chosen, **limits)
 
     def batch_by_batch(samples: int) -> Hessian:
-        return Hessian(loss, named, listed, keep_graphs=False, memory_limit=memory_limit)
+        return Hessian(loss, named, listed, keep_graphs=False, **limits)
 
     def in_pieces(samples: int) -> Hessian:
-        return hessian_in_pieces(loss, named, listed, samples, memory_limit=memory_limit)
+        return hessian_in_pieces(loss, named, listed, samples, **limits)
 
     halves = list(_halves(largest))
     anew = "graph at a time, built anew in every product"
@@ -85,7 +92,13 @@ def _halves(number: int) -> Iterator[int]:
 
 
 def hessian_in_pieces(
-    loss: Loss, parameters: Parameters, batches: Iterable[Any], samples: int, *, memory_limit: int | None = None
+    loss: Loss,
+    parameters: Parameters,
+    batches: Iterable[Any],
+    samples: int,
+    *,
+    memory_limit: int | None = None,
+    resident: Iterable[Tensor] = (),
 ) -> Hessian:
     """The Hessian of whole batches from products with pieces of them, one piece's graph at a time.
 
@@ -99,6 +112,7 @@ def hessian_in_pieces(
         batches: as for `Hessian`.
         samples: in a piece.
         memory_limit: bytes that a piece's graph may take.
+        resident: as for `Hessian`.
 
     Raises:
         NotAMeanError: the pieces' loss or gradient is another one than the whole's.
@@ -123,7 +137,7 @@ def hessian_in_pieces(
             "which keep no second-order graph"
         )
     named = list(zip(block.names, block.tensors, strict=True))
-    return Hessian(loss, named, pieces, keep_graphs=False, memory_limit=memory_limit)
+    return Hessian(loss, named, pieces, keep_graphs=False, memory_limit=memory_limit, resident=resident)
 
 
 def _first_order(loss: Loss, block: ParameterBlock, batches: list[Any]) -> tuple[Mean, float]:

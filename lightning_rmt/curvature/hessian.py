@@ -21,7 +21,7 @@ from lightning_rmt.curvature.evaluation import (
     differentiate,
     evaluate,
 )
-from lightning_rmt.curvature.graph_memory import SECOND_ORDER_GROWTH, graph_bytes
+from lightning_rmt.curvature.graph_memory import SECOND_ORDER_GROWTH, WORKING_GROWTH, graph_bytes
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
 from lightning_rmt.curvature.randomness import RandomState
@@ -56,7 +56,9 @@ class Hessian(CurvatureOperator):
             twice the time. Buffers that the loss changes go on changing.
 
         memory_limit: bytes that the graphs may take together, forecast from each batch's own graph before the second-order
-            one is built (`graph_memory`). None: no limit.
+            one is built (`graph_memory`), with what a product takes on top. None: no limit.
+        resident: tensors that are there anyway and may be in the graphs, such as frozen parameters and buffers: they don't
+            count. The operator's own parameters never do.
 
     Raises:
         TypeError: the loss is not a tensor, or the parameters aren't.
@@ -86,9 +88,11 @@ class Hessian(CurvatureOperator):
         *,
         keep_graphs: bool = True,
         memory_limit: int | None = None,
+        resident: Iterable[Tensor] = (),
     ) -> None:
         super().__init__(ParameterBlock(parameters))
         self._memory_limit = memory_limit
+        self._resident = [*self.block.tensors, *resident]
         listed = as_batches(batches)
         self._random = RandomState(p.device for p in self.block.tensors)
         self._graphs: list[_GradientGraph] = []
@@ -108,15 +112,15 @@ class Hessian(CurvatureOperator):
     def _evaluate(self, loss: Loss, batch: Any, index: int) -> tuple[Evaluation, list[Tensor | None]]:
         evaluation = evaluate(loss, (batch,), index)
         if self._memory_limit is not None:
-            graph = graph_bytes([evaluation.loss], self.block.tensors)
-            needed = self.graph_bytes() + int(SECOND_ORDER_GROWTH * graph)
+            graph = graph_bytes([evaluation.loss], self._resident)
+            needed = self.graph_bytes() + int((SECOND_ORDER_GROWTH + WORKING_GROWTH) * graph)
             if needed > self._memory_limit:
                 raise GraphTooLargeError(needed, self._memory_limit)
         return evaluation, differentiate(evaluation.loss, self.block, index, create_graph=True)
 
     def graph_bytes(self) -> int:
         """Memory of the graphs that are kept now."""
-        return graph_bytes([g for graph in self._graphs for g in graph.gradients], self.block.tensors)
+        return graph_bytes([g for graph in self._graphs for g in graph.gradients], self._resident)
 
     def compare_routes(self, rows: int) -> bool:
         """Times products with ``rows`` vectors at once against one after the other, for `at_once`.
@@ -199,6 +203,7 @@ class Hessian(CurvatureOperator):
         super().release()
         self._graphs = []
         self._rerun = None
+        self._resident = []
 
 
 def _graph(gradients: list[Tensor | None]) -> _GradientGraph:

@@ -106,7 +106,7 @@ def _operator(
     if settings.product == "finite_difference":
         return _forward_differences(loss, chosen, captured, limit)
     try:
-        hessian, fitted = fitting_hessian(loss, chosen, captured, limit)
+        hessian, fitted = fitting_hessian(loss, chosen, captured, limit, [*module.parameters(), *module.buffers()])
         if product == "auto":
             memory.graphs = hessian.graph_bytes()
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here

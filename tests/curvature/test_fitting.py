@@ -78,9 +78,10 @@ def test_near_a_minimum_the_pieces_large_gradients_set_the_scale():
 
 def rungs(limit_of):
     """What is chosen where the graphs may take ``limit_of`` the forecasts (largest batch, all batches)."""
-    made = cases.build("uneven batches")  # 7, 1 and 3 samples
-    whole = Hessian(made.loss, made.parameters, made.batches)
-    found, words = fitting_hessian(made.loss, made.parameters, made.batches, limit_of(whole.graph_bytes()))
+    made = cases.build("uneven batches")
+    batches = made.batches[::-1]  # 3, 1 and 7 samples
+    whole = Hessian(made.loss, made.parameters, batches)
+    found, words = fitting_hessian(made.loss, made.parameters, batches, limit_of(whole.graph_bytes()))
     V = torch.randn(2, whole.size, dtype=whole.dtype)
     assert torch.allclose(found.matmat(V), whole.matmat(V), rtol=1e-10, atol=1e-13)
     return words
@@ -89,9 +90,9 @@ def rungs(limit_of):
 def test_the_first_form_that_fits_is_taken():
     assert rungs(lambda kept: None) == ""
     assert rungs(lambda kept: 100 * kept) == ""
-    assert rungs(lambda kept: int(1.15 * kept)).startswith("one batch's graph at a time")
-    assert rungs(lambda kept: int(0.9 * kept)).startswith("pieces of 4 of 7 samples")
-    tight = rungs(lambda kept: int(0.55 * kept))
+    assert rungs(lambda kept: int(1.95 * kept)).startswith("one batch's graph at a time")
+    assert rungs(lambda kept: int(1.4 * kept)).startswith("pieces of 4 of 7 samples")
+    tight = rungs(lambda kept: int(0.7 * kept))
     assert tight.startswith(("pieces of 2", "pieces of 1"))
     assert "because the second-order graphs take about" in tight
     with pytest.raises(GraphTooLargeError) as caught:
@@ -120,6 +121,22 @@ def test_the_limit_is_looked_at_before_the_graph_is_built(monkeypatch):
         Hessian(made.loss, made.parameters, made.batches, memory_limit=1)
     assert built == []
     assert SECOND_ORDER_GROWTH > 1
+
+
+def test_frozen_weights_that_are_there_anyway_do_not_count():
+    """A small adapter on a large frozen network."""
+    torch.manual_seed(0)
+    frozen, adapter = nn.Linear(300, 300), nn.Linear(300, 3)
+    first = nn.Parameter(torch.zeros(300))
+    frozen.requires_grad_(False)
+    loss = lambda batch: cross_entropy(adapter(frozen(batch[0] + first).tanh()), batch[1])  # noqa: E731
+    batch, trained = (torch.randn(8, 300), torch.randint(3, (8,))), [first, *adapter.parameters()]
+    counted = Hessian(loss, trained, [batch]).graph_bytes()
+    resident = Hessian(loss, trained, [batch], resident=frozen.parameters()).graph_bytes()
+    assert counted - resident >= 4 * 300 * 300
+    limit = 10 * resident
+    assert fitting_hessian(loss, trained, [batch], limit, frozen.parameters())[1] == ""
+    assert fitting_hessian(loss, trained, [batch], 4 * 300 * 300 * 8, frozen.parameters())[1] == ""
 
 
 class PartOfGraph:
