@@ -17,7 +17,7 @@ from lightning_rmt.krylov.lanczos import (
     product_noise,
     start_vector,
 )
-from lightning_rmt.krylov.tridiagonal import Tridiagonal
+from lightning_rmt.krylov.tridiagonal import NonFiniteError, Tridiagonal
 from lightning_rmt.spectra.spectrum import Spectrum
 
 CHECK_PRODUCTS = 3
@@ -203,7 +203,7 @@ def measure(
     begin = time.perf_counter()
     checked = check_product(operator, seed) if check else None
     if checked is not None and not math.isfinite(checked.symmetry + checked.repeat):
-        raise ValueError(
+        raise NonFiniteError(
             "a curvature product is NaN or infinite: an operation of the loss has no finite derivative at its inputs "
             "(sqrt or norm at zero, say), or the numbers overflow. Give a loss that avoids it with loss_fn="
         )

@@ -62,8 +62,12 @@ class Reading:
 
     @property
     def sharpness_times_lr(self) -> float | None:
-        """``lambda_max * lr``; gradient descent on a quadratic is stable below 2 (Cohen et al. 2021)."""
-        return None if self.learning_rate is None else self.spectrum.lambda_max.value * self.learning_rate
+        """``lambda_max * lr``; gradient descent on a quadratic is stable below 2 (Cohen et al. 2021).
+
+        None without a learning rate, or where a light reading didn't certify lambda_max.
+        """
+        unknown = self.light and not self.spectrum.lambda_max.certified
+        return None if self.learning_rate is None or unknown else self.spectrum.lambda_max.value * self.learning_rate
 
     def save(self, path: str | Path) -> None:
         """Writes the reading to ``path`` as .npz (plain arrays and JSON, no pickle); ``Spectrum.load`` reads it too."""

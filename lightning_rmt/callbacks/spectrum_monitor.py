@@ -270,13 +270,13 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             "schedule": self._schedule.state_dict(),
             "report": self._report.state_dict(),
             "history": [entry.to_dict() for entry in self.history],
-            "memory": self._memory.state_dict(),
             "checked": self._checked,
             "failures": self._failures,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint left off; a state of another version, or damaged, is ignored with a warning."""
+        self._start_afresh()  # whatever an earlier training left
         problem = f"is of version {state_dict.get('version')}, not {STATE_VERSION}"
         if state_dict.get("version") == STATE_VERSION:
             try:
@@ -300,7 +300,6 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._schedule.load_state_dict(state_dict["schedule"])
         self._report.load_state_dict(state_dict["report"])
         self.history = [HistoryEntry.from_dict(entry) for entry in state_dict["history"]]
-        self._memory.load_state_dict(state_dict["memory"])
         self._checked = bool(state_dict["checked"])
         self._failures = int(state_dict["failures"])
 
@@ -334,6 +333,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             for sentence in probed.warnings:  # about the module, so once is enough; the loggers get them as text
                 warnings.warn(f"SpectrumMonitor {self.name!r}: {sentence}", stacklevel=2)
         self._failures = 0
+        self._memory.worked()
         self._checked, self._learned = True, probed.learned
         seconds = time.perf_counter() - begin
         check = probed.measurement.check

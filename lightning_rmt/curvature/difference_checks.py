@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_rmt.curvature.graph_memory import graph_nodes
 
 # (v, h) -> the product with v from a displacement of length h
 Product = Callable[[Tensor, float], Tensor]
@@ -69,6 +72,20 @@ class FiniteDifferenceCheck(NamedTuple):
             f"at the best step, {self.step:.1e}, two steps disagree by {self.disagreement:.1%} and the matrix is "
             f"asymmetric by {self.asymmetry:.1%}. Use Hessian (double backward), or a float64 copy of the model"
         )
+
+
+# Activations and pooling whose gradient jumps, by their autograd nodes. A few vectors may miss every kink that later ones
+# meet, so what can be seen to have kinks isn't measured at all.
+_JUMPS = re.compile(
+    r"(Relu|LeakyRelu|PreluKernel|RreluWithNoise|Threshold|Hardtanh|Hardsigmoid|Hardswish|Hardshrink|Softshrink"
+    r"|(Adaptive)?MaxPool[23]D(WithIndices)?)Backward\d+$"
+)
+
+
+def kinks(value: Tensor) -> list[str]:
+    """Names of the operations in a loss's graph whose gradients jump; compiled code hides its own."""
+    names = {type(node).__name__ for node in graph_nodes([value])}
+    return sorted(re.sub(r"Backward\d*$", "", name) for name in names if _JUMPS.match(name))
 
 
 class MeasuredError(NamedTuple):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_rmt.curvature.batches import sample_count
 from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError, explain
+from lightning_rmt.curvature.graph_memory import graph_nodes
 from lightning_rmt.curvature.kernels import twice_differentiable_kernels
 from lightning_rmt.curvature.parameters import ParameterBlock
 
@@ -167,17 +168,10 @@ def refuse_once_differentiable(value: Tensor) -> None:
 
     PyTorch puts the error for them off to a node that ``autograd.grad`` with ``inputs`` never reaches.
     """
-    waiting = [value.grad_fn]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes([value]):
         function: Any = getattr(type(node), "_forward_cls", None)  # an autograd.Function written in Python
         if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
             raise SecondDerivativeError(f"{function.__name__} (an autograd.Function marked @once_differentiable)")
-        waiting.extend(following for following, _ in node.next_functions)
 
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__  # all its wrappers share their code

@@ -16,6 +16,7 @@ from lightning_rmt.curvature.difference_checks import (
     FiniteDifferenceCheck,
     MeasuredError,
     difference,
+    kinks,
     measure_errors,
     self_checks,
 )
@@ -50,12 +51,12 @@ class FiniteDifferenceHessian(CurvatureOperator):
     too. Every evaluation starts from the same state of the random number generators.
 
     A difference across a kink measures the kink. Networks with ReLU or max-pooling give errors of 100% and
-    more at steps where a smooth network has three or four correct digits, so the constructor tests the loss and
-    refuses what fails: central differences by `FiniteDifferenceCheck` (22 gradients), forward ones by
-    `MeasuredError`, against two products of double backward, whose graph is then dropped (13 gradients, all
-    in). Where double backward can't be had or disagrees, central differences
-    that pass their own check take its place. Smooth networks that have memorised their data may fail too,
-    where no step serves both ends of the spectrum.
+    more at steps where a smooth network has three or four correct digits. So the constructor refuses activations
+    and pooling that it sees in the loss's graph to have kinks, tests the loss, and refuses what fails: central
+    differences by `FiniteDifferenceCheck` (22 gradients), forward ones by `MeasuredError`, against two products of
+    double backward, whose graph is then dropped (13 gradients, all in). Where double backward can't be had or
+    disagrees, central differences that pass their own check take its place. Smooth networks that have memorised
+    their data may fail too, where no step serves both ends of the spectrum.
 
     Args:
         loss: as for `Hessian`; evaluated once or twice per batch and product.
@@ -128,6 +129,10 @@ class FiniteDifferenceHessian(CurvatureOperator):
             mean = Mean(self.block)
             for index, batch in enumerate(self._batches):
                 evaluation = evaluate(loss, (batch,), index)
+                if tolerance < float("inf") and (found := kinks(evaluation.loss)):
+                    raise CurvatureError(
+                        _refused(f"the loss has kinks ({', '.join(found)}). Use Hessian (double backward)")
+                    )
                 mean.add(evaluation, differentiate(evaluation.loss, self.block, index))
             self._describe(mean)
         self._weights = mean.weights

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_rmt.curvature.batches import micro_batches, sample_count
-from lightning_rmt.curvature.errors import GraphTooLargeError, NotAMeanError, clear_frames, is_out_of_memory
+from lightning_rmt.curvature.errors import (
+    CurvatureError,
+    GraphTooLargeError,
+    NotAMeanError,
+    clear_frames,
+    is_out_of_memory,
+)
 from lightning_rmt.curvature.evaluation import Loss, Mean, as_batches, differentiable, differentiate, evaluate
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
@@ -25,6 +31,7 @@ def fitting_hessian(
     batches: Iterable[Any],
     memory_limit: int | None = None,
     resident: Iterable[Tensor] = (),
+    agree: Callable[[int], int] = int,
 ) -> tuple[Hessian, str]:
     """The fastest form of the Hessian whose graphs fit.
 
@@ -39,6 +46,8 @@ def fitting_hessian(
         batches: as for `Hessian`.
         memory_limit: bytes that graphs may take at a time. None: whatever the device gives.
         resident: as for `Hessian`.
+        agree: where several ranks build theirs, gives the smallest number of any rank: they take every attempt together, so
+            that collectives in the loss meet.
 
     Returns:
         The operator, and words on what was done to make it fit; empty where nothing had to be.
@@ -70,19 +79,55 @@ def fitting_hessian(
     attempts += [(in_pieces, n, f"pieces of {n} of {largest} samples, one piece's {anew}") for n in halves]
     fewer: list[Attempt] = [(kept, n, f"the first {n} of {largest} samples only") for n in halves]
 
-    reason = ""
-    while True:
-        attempt, samples, words = attempts.pop(0)
-        try:
-            return attempt(samples), f"{words}, because {reason}" if words else ""
-        except NotAMeanError:
-            attempts, reason = fewer, f"{reason} and the loss is no mean over samples"
-        except Exception as error:
-            if not attempts or not (isinstance(error, GraphTooLargeError) or is_out_of_memory(error)):
-                raise
-            too_large = isinstance(error, GraphTooLargeError)
-            reason = reason or (str(error).split(":")[0] if too_large else "memory ran out while graphs were built")
-            clear_frames(error)  # they hold the graph that didn't fit
+    queue, reason = attempts, ""
+    first: Exception | None = None
+    error: Exception | None = None
+    try:
+        while True:
+            attempt, samples, words = queue.pop(0)
+            found, error = None, None
+            try:
+                found = attempt(samples)
+            except Exception as caught:
+                error = caught
+            agreed = agree(_verdict(error, samples == largest))
+            if agreed == FITS and found is not None:
+                return found, f"{words}, because {reason}" if words else ""
+            if found is not None:
+                found.release()
+            if agreed == CANNOT_BE_CUT and queue is not fewer:
+                queue, reason = fewer, f"{reason} and the batches can't be cut"
+            if agreed == FAILED or not queue:
+                if error is None:
+                    raise CurvatureError("another rank could not build its curvature operator; its log says why")
+                if first is None or _verdict(error, True) == TOO_LARGE:
+                    raise error
+                raise first from error
+            if error is not None:
+                clear_frames(error)  # they hold the graph that didn't fit
+                first = first or error
+            reason = reason or _reason(error)
+    finally:
+        first = error = None  # or their tracebacks' frames would hold them, and with them the batches
+
+
+def _reason(error: Exception | None) -> str:
+    if error is None:
+        return "memory is short on another rank"
+    too_large = isinstance(error, GraphTooLargeError)
+    return str(error).split(":")[0] if too_large else "memory ran out while graphs were built"
+
+
+#: How an attempt went, the worse the lower.
+FAILED, CANNOT_BE_CUT, TOO_LARGE, FITS = range(4)
+
+
+def _verdict(error: Exception | None, whole: bool) -> int:
+    if error is None:
+        return FITS
+    if isinstance(error, GraphTooLargeError) or is_out_of_memory(error):
+        return TOO_LARGE
+    return FAILED if whole else CANNOT_BE_CUT  # whole batches work in training: it is the pieces that don't
 
 
 def _halves(number: int) -> Iterator[int]:

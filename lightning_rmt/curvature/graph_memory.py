@@ -41,19 +41,25 @@ def graph_bytes(roots: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> int:
     """
     storages = {_storage(tensor): 0 for tensor in exclude}
     kept: dict[Any, int] = {}
-    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set()
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+    for node in graph_nodes(roots):
         for tensor in _saved(node):
             key = _storage(tensor)
             if key not in storages:
                 kept[key] = tensor.untyped_storage().nbytes()
     return sum(kept.values())
+
+
+def graph_nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graphs behind ``roots``, once."""
+    waiting: list[Any] = [root.grad_fn for root in roots]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+        yield node
 
 
 def _saved(node: Any) -> Iterator[Tensor]:

@@ -190,6 +190,7 @@ class _Run:
         torch.div(product, self._scale, out=w)
         alpha = inner_products(q[None], w)[0]
         w.addcmul_(q, alpha.to(w.dtype), value=-1).addcmul_(self._previous, self._beta.to(w.dtype), value=-1)
+        removed = torch.zeros_like(alpha)
         if self._basis.shape[0]:
             self._basis[step] = q
             rows = self._basis[: step + 1]
@@ -197,10 +198,12 @@ class _Run:
                 left = inner_products(rows, w)
                 subtract_combination(w, rows, left)
                 alpha = alpha + left[-1]
+                removed = norm(left)
         residual = norm(w)
         self._largest = torch.maximum(self._largest, torch.maximum(alpha.abs(), residual))
-        # NaN compares false, so it is carried on and refused at the end.
-        invariant = residual <= rounding_noise(w.dtype) * self._largest
+        # What the last pass removed is the products' error. A residual that is no longer than that is error too, and what a
+        # pass leaves behind would grow with every such step. NaN compares false, so it is carried on and refused at the end.
+        invariant = residual <= torch.maximum(rounding_noise(w.dtype) * self._largest, removed)
         self._beta = torch.where(invariant, 0.0, residual)
         torch.mul(w, torch.where(invariant, 0.0, residual.reciprocal()), out=self._previous)
         self.q, self._previous = self._previous, q

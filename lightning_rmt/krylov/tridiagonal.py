@@ -9,6 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+class NonFiniteError(ValueError):
+    """A product was NaN or infinite."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tridiagonal:
     """The Jacobi matrix of one Lanczos run, with its Ritz values, weights and residuals.
@@ -37,7 +41,7 @@ class Tridiagonal:
                 f"alpha and beta must be vectors of one length of at least 1, got shapes {alpha.shape} and {beta.shape}"
             )
         if not (np.isfinite(alpha).all() and np.isfinite(beta).all()):
-            raise ValueError("Lanczos coefficients are not finite: the operator returned NaN or infinity")
+            raise NonFiniteError("Lanczos coefficients are not finite: the operator returned NaN or infinity")
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "beta", beta)
 

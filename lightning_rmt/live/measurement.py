@@ -12,7 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
-from lightning_rmt.krylov.lanczos import BASES, Basis
+from lightning_rmt.krylov.lanczos import BASES, Basis, rounding_noise
+from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.memory import Memory, Plan
@@ -86,7 +87,7 @@ def measure_live(
     probes = settings.probes if light is None else 1
     with ExitStack() as stack:
 
-        def prepare() -> tuple[CurvatureOperator, Plan, tuple[str, ...], tuple[str, ...]]:
+        def enter() -> tuple[list[CapturedBatch], tuple[str, ...]]:
             batches = captured()
             if not batches:
                 raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
@@ -95,9 +96,18 @@ def measure_live(
             modes = {"autocast": settings.autocast, "first_order": settings.first_order}
             stack.enter_context(fence(trainer, module, seed=seed, **modes))
             stack.enter_context(unsharded(module))
+            return batches, hooks
+
+        def build() -> tuple[CurvatureOperator, Plan, tuple[str, ...], tuple[str, ...]]:
             mixed = settings.autocast and "mixed" in str(trainer.precision)
             operator, warnings, notes = build_operator(
-                module, batches, settings, mixed_precision=mixed, product=learned.product, memory=memory
+                module,
+                batches,
+                settings,
+                mixed_precision=mixed,
+                product=learned.product,
+                memory=memory,
+                agree=ranks.least,
             )
             stack.callback(operator.release)
             if check:
@@ -105,9 +115,12 @@ def measure_live(
             if probes > 1:
                 operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
             plan = memory.plan(operator, settings.lanczos_steps, probes, light=light is not None)
+            memory.try_out(operator, plan)  # here, where a rank may still fail alone
             return operator, plan, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
 
-        operator, mine, warnings, notes = ranks.together(prepare)
+        # Two stages, since building has agreements of its own, which every rank must reach.
+        batches, hooks = ranks.together(enter)
+        operator, mine, warnings, notes = ranks.together(build)
         shared = operator if ranks.group is None else RankSum(operator, ranks.group)
         basis, steps = _agreed(ranks, mine)
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
@@ -131,7 +144,8 @@ def measure_live(
                     raise shared.error from None  # rather than the NaN that it made of the sum
                 raise
 
-        measurement = ranks.together(run)
+        # A rank that fails in a product makes the sum NaN, which is not what the others should report.
+        measurement = ranks.together(run, follows=lambda error: isinstance(error, NonFiniteError))
         found = Learned(
             product="exact" if isinstance(operator, Hessian) else learned.product,
             at_once=operator.at_once if probes > 1 else learned.at_once,
@@ -159,7 +173,10 @@ def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Unt
     """What ends the probe before its last step."""
     if light is None:
         return Settled(operator.size, operator.noise)
-    return CertifiedEnds(operator.size, operator.noise, top=light.top, bottom=light.bottom)
+    confirm = (
+        1 if operator.noise <= rounding_noise(operator.dtype) else 4
+    )  # what imprecise products miss is no small error
+    return CertifiedEnds(operator.size, operator.noise, top=light.top, bottom=light.bottom, confirm=confirm)
 
 
 def _announcement(name: str, cost: Forecast, memory: Memory) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +20,8 @@ WORKING_VECTORS = 6
 FEWEST_LIGHT_STEPS = 10
 #: An out-of-memory leaves graphs this share of what they took.
 SMALLER = 0.25
+#: Probes that work after one that ran out of memory before a larger one is tried again: the shortage may have passed.
+PATIENCE = 10
 
 _UNLIMITED = 2**60
 _CGROUP = Path("/sys/fs/cgroup")
@@ -107,7 +109,7 @@ def plan(
 
 
 class Memory:
-    """What probes may take of the free memory; after an out-of-memory, less.
+    """What probes may take of the free memory; after an out-of-memory, less, until enough of them have worked.
 
     Attributes:
         largest_basis: the best basis that a probe may keep.
@@ -122,6 +124,7 @@ class Memory:
         self.graphs = 0
         self.free = 0
         self._basis_bytes = 0
+        self._worked = 0
 
     def for_graphs(self, device: torch.device) -> int:
         """Bytes that the graphs of a probe on this device may take."""
@@ -131,10 +134,22 @@ class Memory:
 
     def plan(self, operator: SymmetricOperator, steps: int, probes: int, *, light: bool = False) -> Plan:
         """The basis of a probe with this operator, whose graphs are there already; see `plan`."""
-        size, dtype, available = operator.size, operator.dtype, SHARE * free_bytes(operator.device)
-        found = plan(size, steps, probes, dtype, available, largest=self.largest_basis, light=light)
+        size, dtype, free = operator.size, operator.dtype, free_bytes(operator.device)
+        self.free = max(self.free, free)
+        found = plan(size, steps, probes, dtype, SHARE * free, largest=self.largest_basis, light=light)
         self._basis_bytes = basis_bytes(found.basis, size, found.steps, dtype)
         return found
+
+    def try_out(self, operator: SymmetricOperator, found: Plan) -> None:
+        """Takes the memory of the basis once and gives it back: whoever hasn't got it fails now."""
+        kept = basis_bytes(found.basis, operator.size, found.steps, operator.dtype)
+        torch.empty(kept, dtype=torch.uint8, device=operator.device)
+
+    def worked(self) -> None:
+        """Notes a probe that worked: after `PATIENCE` of them the next is as large as the first one was meant to be."""
+        self._worked += 1
+        if self._worked >= PATIENCE:
+            self.largest_basis, self.graph_limit, self._worked = "full", None, 0
 
     def shrink(self, error: BaseException) -> str | None:
         """What a probe that failed means for the next one: where memory ran out, it is to be smaller; words that say how.
@@ -142,18 +157,19 @@ class Memory:
         Returns:
             None where it didn't fail for want of memory.
         """
+        self._worked = 0
         if isinstance(error, GraphTooLargeError) and self.graph_limit is not None:  # it asked for more than can be done
             self.graph_limit = max(self.graph_limit, error.needed)
             return "the next probe's graphs get just that"
         return self._after_out_of_memory() if is_out_of_memory(error) else None
 
     def _after_out_of_memory(self) -> str:
-        """The part that took most gets smaller."""
+        """Smaller graphs cost time, a lesser basis all eigenvalues: graphs first, unless they are small beside the basis."""
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         graphs = self.graphs if self.graph_limit is None else self.graph_limit
-        if self._basis_bytes > graphs and self.largest_basis != "none":
+        if self._basis_bytes * SMALLER > graphs and self.largest_basis != "none":
             self.largest_basis = BASES[BASES.index(self.largest_basis) + 1]
             kept = "in bfloat16" if self.largest_basis == "half" else "not at all (three vectors)"
             return f"the next probe keeps its Lanczos basis {kept}, and shows the density without eigenvalues"
@@ -161,11 +177,3 @@ class Memory:
             self.graph_limit = int(SMALLER * graphs)
             return f"the next probe's graphs get {self.graph_limit / 2**20:.3g} MiB, and are built in pieces if need be"
         return "it had begun with as little as it could"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain Python values, for a checkpoint."""
-        return {"largest_basis": self.largest_basis, "graph_limit": self.graph_limit}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        self.largest_basis, self.graph_limit = BASES[BASES.index(state["largest_basis"])], state["graph_limit"]

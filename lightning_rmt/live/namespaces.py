@@ -7,6 +7,7 @@ both is caught as either.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 _NAMESPACES = (
     ("pytorch_lightning", "lightning_fabric"),
@@ -32,6 +33,12 @@ def callback_bases() -> tuple[type, ...]:
     if not bases:
         raise ImportError("SpectrumMonitor needs pytorch-lightning or lightning: pip install pytorch-lightning")
     return bases
+
+
+def timer_classes() -> tuple[Any, ...]:
+    """The ``Timer`` callback of every installed namespace: what a Trainer keeps its ``max_time`` in."""
+    found = [_installed(f"{package}.callbacks", "Timer") for package, _ in _NAMESPACES]
+    return tuple(timer for timer in found if timer is not None)
 
 
 _misconfiguration = [

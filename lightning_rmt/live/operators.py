@@ -66,6 +66,7 @@ def build_operator(
     mixed_precision: bool,
     product: Product,
     memory: Memory,
+    agree: Callable[[int], int] = int,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     """The operator on this rank's batches, what to warn of about it, and sentences to keep with what it shows.
 
@@ -78,13 +79,14 @@ def build_operator(
             an operation has no second derivative; ``"finite_difference"`` takes forward differences, whose error is
             measured.
         memory: what the graphs of exact products of the Hessian may take; it learns what they took.
+        agree: as for `fitting_hessian`.
 
     Raises:
         CurvatureError: the product can't be had; the message says what to do.
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), settings.parameters)
-    operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory)
+    operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory, agree)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     return operator, (*fallback, *_warnings(operator)), notes
@@ -97,6 +99,7 @@ def _operator(
     settings: ProbeSettings,
     product: Product,
     memory: Memory,
+    agree: Callable[[int], int],
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if settings.curvature == "ggn":
         return _gauss_newton(module, chosen, captured, settings.outputs_fn), (), ()
@@ -106,7 +109,9 @@ def _operator(
     if settings.product == "finite_difference":
         return _forward_differences(loss, chosen, captured, limit)
     try:
-        hessian, fitted = fitting_hessian(loss, chosen, captured, limit, [*module.parameters(), *module.buffers()])
+        hessian, fitted = fitting_hessian(
+            loss, chosen, captured, limit, [*module.parameters(), *module.buffers()], agree
+        )
         if product == "auto":
             memory.graphs = hessian.graph_bytes()
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here

@@ -40,16 +40,20 @@ class Ranks:
         on_cpu = dist.get_backend(group) == "gloo"
         return cls(group, torch.device("cpu") if on_cpu else trainer.strategy.root_device)
 
-    def all_ok(self, ok: bool) -> bool:
-        """Whether every rank is fine (one small all-reduce)."""
-        if self.group is None:
-            return ok
-        flag = torch.tensor(int(ok), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
-        return bool(flag.item())
+    def least(self, number: int) -> int:
+        """The smallest number of any rank (one small all-reduce)."""
+        return -self.largest((-number,))[0]
 
-    def together(self, stage: Callable[[], T]) -> T:
+    def all_ok(self, ok: bool) -> bool:
+        """Whether every rank is fine."""
+        return bool(self.least(int(ok)))
+
+    def together(self, stage: Callable[[], T], follows: Callable[[Exception], bool] = lambda error: False) -> T:
         """Runs a local stage that may fail; returns its result only if it worked on every rank.
+
+        Args:
+            stage: what to run.
+            follows: whether an exception may be the consequence of another rank's, which then says more than this one.
 
         Raises:
             OtherRankFailedError: it worked here, but not everywhere.
@@ -60,13 +64,15 @@ class Ranks:
             result = stage()
         except Exception as caught:
             error = caught
-        ok = self.all_ok(error is None)
+        fine, consequence, cause = 2, 1, 0
+        mine = fine if error is None else consequence if follows(error) else cause
+        worst = self.least(mine)
         try:
-            if error is not None:
+            if error is not None and not (mine == consequence and worst == cause):
                 raise error
         finally:
             error = None  # or its traceback's frame would hold it, and with it the graph of the failed probe
-        if not ok:
+        if worst != fine:
             raise OtherRankFailedError("the probe failed on another rank; its log says why. All ranks skip this one")
         return result  # type: ignore[return-value]
 

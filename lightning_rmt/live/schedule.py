@@ -162,6 +162,7 @@ class Schedule:
 
         if total_steps <= step or math.isinf(total_steps):
             next_full = self._last_full + (full + between * light) / (self.max_overhead * step_seconds)
+            next_full = max(next_full, self._paid(step, to_come * light, step_seconds, self.max_overhead))
         else:
             budget = self.max_overhead * (self.training_seconds + (total_steps - step) * step_seconds)
             affordable = budget - self.probe_seconds
@@ -171,7 +172,8 @@ class Schedule:
                 return self._light_to_the_end(step, last, math.floor(affordable / light) if between else 0)
             position = math.sqrt(self._last_full / total_steps)
             next_full = total_steps * (position + (1.0 - position) / cycles) ** 2
-            next_full = max(next_full, self._paid(step, to_come * light + full, step_seconds))
+            borrowing = MAX_BORROWED * self.max_overhead
+            next_full = max(next_full, self._paid(step, to_come * light + full, step_seconds, borrowing))
             if next_full > last:
                 next_full = last
                 if next_full <= step:
@@ -179,7 +181,7 @@ class Schedule:
         if to_come:
             next_light = self._last_probe + (next_full - self._last_probe) / (to_come + 1)
             if not math.isinf(total_steps):
-                next_light = max(next_light, self._paid(step, light, step_seconds))
+                next_light = max(next_light, self._paid(step, light, step_seconds, MAX_BORROWED * self.max_overhead))
             opens = max(step + 1, math.ceil(next_light))
             if next_full - opens >= max(self.batches, (opens - self._last_probe) / 2):  # not just before a full one
                 return Decision(opens, 1)
@@ -198,9 +200,9 @@ class Schedule:
         assert self._last_probe is not None
         return Decision(max(step + 1, math.ceil(self._last_probe + (last - self._last_probe) / affordable)), 1)
 
-    def _paid(self, step: int, cost: float, step_seconds: float) -> float:
-        """The first step at which no more than `MAX_BORROWED` times the share was spent, this cost included."""
-        worth = (self.probe_seconds + cost) / (MAX_BORROWED * self.max_overhead)
+    def _paid(self, step: int, cost: float, step_seconds: float, share: float) -> float:
+        """The first step at which no more than this share was spent, this cost included."""
+        worth = (self.probe_seconds + cost) / share
         return step + (worth - self.training_seconds) / step_seconds
 
     def set_next(self, step: int, following: Decision) -> None:

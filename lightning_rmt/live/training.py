@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lightning_rmt.live.namespaces import timer_classes
+
 
 def current_step(trainer: Any) -> int:
     """The loggers' step axis, as LearningRateMonitor uses it: batches after which an optimizer stepped."""
@@ -26,8 +28,7 @@ def total_steps(trainer: Any) -> float:
 
 def seconds_left(trainer: Any) -> float:
     """Until the training is stopped by ``max_time``; infinity without one. Lightning keeps that limit in a callback."""
-    timers = [callback for callback in trainer.callbacks if callable(getattr(callback, "time_remaining", None))]
-    left = [timer.time_remaining() for timer in timers]
+    left = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, timer_classes())]
     return min((float(seconds) for seconds in left if seconds is not None), default=math.inf)
 
 

@@ -216,6 +216,9 @@ def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
             label="bulk edge",
         )
     values = [value for _, value, _ in largest] + [value for entry in entries for value in entry.top[:TOP]]
+    axes.set_ylabel("largest eigenvalues", size=style.LABEL_SIZE)
+    if not values:  # light readings only, none of which certified any
+        return
     low, high = min(values), max(values)
     if 0.0 < 5.0 * low < high:
         axes.set_yscale("log")
@@ -227,7 +230,6 @@ def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
         _draw_limit(axes, entries, low, 2.0 * high)
         if low > 0.0:
             axes.set_ylim(bottom=0.0)  # a wobble of some per cent is to look like one
-    axes.set_ylabel("largest eigenvalues", size=style.LABEL_SIZE)
     axes.legend(**_LEGEND_STRIP)
 
 

@@ -38,8 +38,8 @@ NEAR_DEGENERATE = 1e-3
 CONVERGED_RESIDUAL = 1e-4
 #: A quadrature node of weight w stands for about this many levels times n w.
 LEVELS_PER_WEIGHT = 0.25
-#: With fewer Lanczos steps a group may still be incomplete: the count is a lower bound, unless all levels that it is judged
-#: by are resolved.
+#: With fewer Lanczos steps a wider gap may still be hidden further in: the count is a lower bound, unless all levels that
+#: could matter are resolved.
 STEPS_FOR_COUNT = 100
 
 
@@ -270,7 +270,7 @@ def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap
 
 
 def _above_gap(levels: RitzLevels, gap: _Gap, sign: int) -> OutlierSide:
-    resolved = levels.resolved_high >= gap.levels + 1 + FOLLOWERS
+    resolved = levels.resolved_high >= MAX_GROUP + 1 + FOLLOWERS  # no wider gap can hide behind this one
     at_least = levels.steps is not None and levels.steps < STEPS_FOR_COUNT and not (levels.complete or resolved)
     if gap.multiplicity > 1:
         words = (

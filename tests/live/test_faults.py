@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_rmt import SpectrumMonitor
+from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.live.namespaces import MisconfigurationException
 from lightning_rmt.report.files import load_run
 
@@ -128,7 +129,7 @@ def runs_out_of_memory_in_a_product(module, batch):
 FAULTS = [
     (is_nan, ValueError, "the loss of batch 0 is nan"),
     (is_infinite, ValueError, "the loss of batch 0 is inf"),
-    (has_infinite_curvature, ValueError, "a curvature product is NaN or infinite"),
+    (has_infinite_curvature, NonFiniteError, "a curvature product is NaN or infinite"),
     (has_no_graph, ValueError, "has no graph"),
     (is_a_dict, TypeError, "must be a tensor.*got dict"),
     (is_not_there, TypeError, "must be a tensor.*got NoneType"),

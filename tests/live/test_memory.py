@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from lightning_rmt.curvature.errors import GraphTooLargeError, is_out_of_memory
 from lightning_rmt.live import memory as live_memory
 from lightning_rmt.live.memory import (
     FEWEST_LIGHT_STEPS,
+    PATIENCE,
     SHARE,
     WORKING_VECTORS,
     Memory,
@@ -146,10 +146,20 @@ def test_after_an_out_of_memory_the_larger_part_gets_smaller(monkeypatch):
     assert memory.shrink(KeyError("another reason")) is None
     assert "just that" in memory.shrink(GraphTooLargeError(2500, 2000))  # the smallest form that there is
     assert memory.for_graphs(torch.device("cpu")) == 2500
-    state = json.loads(json.dumps(memory.state_dict()))
-    other = Memory()
-    other.load_state_dict(state)
-    assert (other.largest_basis, other.graph_limit) == ("none", 2500)
+    for _ in range(PATIENCE):
+        memory.worked()
+    assert (memory.largest_basis, memory.graph_limit) == ("full", None)  # the shortage may have passed
+
+
+def test_graphs_get_smaller_before_eigenvalues_are_given_up(monkeypatch):
+    monkeypatch.setattr(live_memory, "free_bytes", lambda device: 10**9)
+    memory = Memory()
+    memory.plan(operator(), M, 1)  # a basis of 200 kB
+    memory.graphs = 190_000
+    assert "graphs get" in memory.shrink(MemoryError())
+    assert "in bfloat16" in memory.shrink(MemoryError())
+    memory.worked()
+    assert memory.largest_basis == "half"
 
 
 # --- on a real training -------------------------------------------------------------------------------------------------

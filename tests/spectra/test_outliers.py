@@ -287,12 +287,18 @@ class TestWords:
         assert side.verdict.startswith("9 outliers: gap x5.00 = 15.0 local spacings")
         assert "next eigenvalue 1 " in side.verdict
 
-    def test_a_short_run_gives_a_lower_bound_unless_the_levels_behind_the_gap_are_all_resolved(self):
-        counts = {steps: spectrum_of(TestSeveralProbes.GROUP, steps) for steps in (32, 60)}
-        resolved = {steps: spectrum._levels.resolved_high for steps, spectrum in counts.items()}
-        assert 9 < resolved[32] < 20 <= resolved[60]
-        assert counts[32].outliers.high.verdict.startswith(">= 9 outliers")
-        assert counts[60].outliers.high.verdict.startswith("9 outliers")
+    def test_a_short_run_gives_a_lower_bound_unless_all_levels_that_could_matter_are_resolved(self):
+        for steps in (32, 60, 80, 99):
+            spectrum = spectrum_of(TestSeveralProbes.GROUP, steps)
+            sure = spectrum._levels.resolved_high >= 43
+            assert sure is (steps == 99)
+            assert spectrum.outliers.high.verdict.startswith("9 outliers" if sure else ">= 9 outliers")
+
+    def test_a_group_above_a_wider_group_is_a_lower_bound_while_the_wider_one_is_hidden(self):
+        values = np.concatenate([[2000, 1800, 1500], np.linspace(100, 60, 17), power_law(1000, 0.7)])
+        for steps in (40, 60, 80):
+            found = spectrum_of(values, steps).outliers.high
+            assert found.count in (None, 20) or found.at_least
 
     def test_a_likely_gap_carries_its_probability(self):
         side = outliers_of_eigenvalues(group_above_power_law(1000, 1.0, lowest=1.9, growth=1.05)).high

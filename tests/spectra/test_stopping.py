@@ -50,8 +50,8 @@ def test_the_largest_alone_takes_fewer_and_negative_ones_can_be_asked_for(digits
     assert one.products < 18 < both.products
     assert one.lambda_max.certified
     assert both.lambda_min.certified
-    fewer = estimate_spectrum(H, steps=one.products - 1)
-    assert not fewer.lambda_max.certified  # it ended at the first step at which it could
+    assert estimate_spectrum(H, steps=one.products - 1).lambda_max.certified  # the first step at which it could end,
+    assert not estimate_spectrum(H, steps=one.products - 2).lambda_max.certified  # and one to confirm it
 
 
 def test_what_is_not_there_is_looked_for_to_the_ceiling():
@@ -64,13 +64,20 @@ def test_a_full_probe_ends_where_the_count_has_settled(digits_network):
     H = digits_network
     short = estimate_spectrum(H, steps=200, until=Settled(H.size, H.noise))
     whole = estimate_spectrum(H, steps=200)
-    assert 40 <= short.products <= 80
+    assert 100 <= short.products <= 110
     for side in ("high", "low"):
         one, other = getattr(short.outliers, side), getattr(whole.outliers, side)
         assert (one.kind, one.count) == (other.kind, other.count)
         assert not one.at_least
     assert short.outliers.high.count == 9
     assert short.bulk_edges.high == pytest.approx(whole.bulk_edges.high, rel=1e-6)
+
+
+def test_it_ends_before_a_hundred_steps_where_no_wider_gap_can_be_hidden():
+    operator = Diagonal(np.concatenate([np.geomspace(5e4, 2e4, 9), np.geomspace(1e3, 1e-3, 120)]))
+    spectrum = estimate_spectrum(operator, steps=100, until=Settled(operator.size, NOISE))
+    assert 50 <= spectrum.products <= 80
+    assert (spectrum.outliers.high.count, spectrum.outliers.high.at_least) == (9, False)
 
 
 @pytest.mark.parametrize("eigenvalues", [power_law(3000, 1.0), semicircle(4000)], ids=["refusal", "edge"])
@@ -80,19 +87,27 @@ def test_a_refusal_or_an_edge_is_not_believed_before_a_hundred_steps(eigenvalues
     assert 100 <= estimate_spectrum(operator, steps=200, until=Settled(operator.size, NOISE)).products <= 120
 
 
-def test_a_count_that_changes_between_two_looks_has_not_settled():
-    """Nine levels of which the last three come late would be taken for six by a rule that looks once."""
-    values = np.concatenate([np.linspace(20, 30, 9), power_law(3000, 1.0)])
-    operator = Diagonal(values)
+def test_a_count_that_was_not_there_at_the_look_before_has_not_settled():
+    operator = Diagonal(np.concatenate([np.linspace(20, 30, 9), power_law(3000, 1.0)]))
     rule = Settled(operator.size, NOISE)
-    whole = estimate_spectrum(operator, steps=100).runs[0]
-    cut = {m: (Tridiagonal(whole.alpha[:m], whole.beta[:m]),) for m in (40, 70, 80)}
-    assert not rule(cut[80])  # the first look has nothing to compare with
-    assert rule(cut[80])
+    whole = estimate_spectrum(operator, steps=110).runs[0]
+    cut = {m: (Tridiagonal(whole.alpha[:m], whole.beta[:m]),) for m in (100, 110)}
+    assert not rule(cut[100])  # the first look has nothing to compare with
+    assert rule(cut[110])
     bare = (Tridiagonal(np.arange(40.0), np.ones(40)),)
     assert not rule(bare)
-    assert not rule(cut[80])
-    assert rule(cut[80])
+    assert not rule(cut[100])
+    assert rule(cut[110])
+
+
+@pytest.mark.parametrize("confirm", [0, 1, 4])
+def test_certificates_must_hold_for_some_steps_more(confirm, digits_network):
+    H = digits_network
+    ends = [
+        estimate_spectrum(H, steps=60, until=CertifiedEnds(H.size, H.noise, top=3, confirm=c)).products
+        for c in (0, confirm)
+    ]
+    assert ends[1] - ends[0] == confirm
 
 
 def test_runs_without_a_basis_have_no_counts_to_settle():
