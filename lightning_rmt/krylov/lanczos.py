@@ -18,6 +18,9 @@ from lightning_rmt.krylov.tridiagonal import Tridiagonal
 Basis = Literal["full", "half", "none"]
 BASES: tuple[Basis, ...] = ("full", "half", "none")
 
+#: A residual must be so many times longer than what the last pass took out of it, or it is the products' error.
+ERROR_MARGIN = 4.0
+
 #: Whether a run may end, from the tridiagonal matrices so far, one for each start vector.
 StopRule = Callable[[tuple[Tridiagonal, ...]], bool]
 
@@ -118,7 +121,8 @@ def lanczos_lockstep(
     left (two matrix products), and no copies of converged eigenvalues appear. The recurrence stands for the first of the
     two passes that are enough (Giraud et al. 2005): on spectra over up to twelve decades both orders leave the basis
     orthogonal to the same digit. A product that isn't symmetric to rounding (``noise``) gets a second pass, since there the
-    recurrence leaves more than rounding behind. Without a basis the quadrature stays right, but Ritz values may hold copies;
+    recurrence leaves more than rounding behind; and a run ends where the pass took out as much as it left, since from there
+    on errors would grow from step to step. Without a basis the quadrature stays right, but Ritz values may hold copies;
     with one in bfloat16 they come late, but can come.
 
     Nothing in the loop waits for the device (see `Coefficients` for how ``stop`` looks). An invariant subspace (residual at
@@ -201,9 +205,8 @@ class _Run:
                 removed = norm(left)
         residual = norm(w)
         self._largest = torch.maximum(self._largest, torch.maximum(alpha.abs(), residual))
-        # What the last pass removed is the products' error. A residual that is no longer than that is error too, and what a
-        # pass leaves behind would grow with every such step. NaN compares false, so it is carried on and refused at the end.
-        invariant = residual <= torch.maximum(rounding_noise(w.dtype) * self._largest, removed)
+        # NaN compares false, so it is carried on and refused at the end.
+        invariant = residual <= torch.maximum(rounding_noise(w.dtype) * self._largest, ERROR_MARGIN * removed)
         self._beta = torch.where(invariant, 0.0, residual)
         torch.mul(w, torch.where(invariant, 0.0, residual.reciprocal()), out=self._previous)
         self.q, self._previous = self._previous, q
