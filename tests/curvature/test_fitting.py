@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_rmt.curvature import fitting
-from lightning_rmt.curvature.errors import GraphTooLargeError, NotAMeanError
+from lightning_rmt.curvature.errors import CurvatureError, GraphTooLargeError, NotAMeanError
 from lightning_rmt.curvature.fitting import fitting_hessian, hessian_in_pieces
 from lightning_rmt.curvature.graph_memory import SECOND_ORDER_GROWTH
 from lightning_rmt.curvature.hessian import Hessian
@@ -203,3 +203,47 @@ def test_pieces_without_weights_would_be_seen(monkeypatch):
     with pytest.raises(NotAMeanError, match="the loss is another one"):
         hessian_in_pieces(made.loss, made.parameters, made.batches[:1], 4)
     assert fitting.hessian_in_pieces is hessian_in_pieces
+
+
+@pytest.mark.parametrize("kind", ["a hidden state beside the batch", "a fixed number of samples"])
+def test_a_batch_whose_pieces_do_not_work_is_measured_on_fewer_samples_or_says_that_memory_is_short(kind):
+    """What goes wrong with a piece is no reason to give: whole batches work in training."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2)).double()
+    x, y = torch.randn(16, 3).double(), torch.randint(2, (16,))
+
+    def loss(batch):
+        if kind == "a fixed number of samples":
+            return cross_entropy(net(batch[0]).view(16, 2), batch[1])
+        return cross_entropy(net(batch[0]) + batch[2].sum(0)[: len(batch[0])], batch[1])
+
+    batch = (x, y, torch.zeros(16, 16, 2).double())
+    kept = Hessian(loss, net.parameters(), [batch]).graph_bytes()
+    if kind == "a fixed number of samples":
+        with pytest.raises(GraphTooLargeError) as caught:
+            fitting_hessian(loss, net.parameters(), [batch], kept)
+        assert "shape" in str(caught.value.__cause__)
+        assert caught.value.__cause__ is not caught.value
+    else:
+        assert "samples" in fitting_hessian(loss, net.parameters(), [batch], kept)[1]
+
+
+def test_ranks_take_every_attempt_together():
+    """This rank has the memory, another one has not: both cut, and take the same number of passes."""
+    made, told = cases.build("mlp tanh"), []
+
+    def agree(verdict):
+        told.append(verdict)
+        return min(verdict, fitting.TOO_LARGE) if len(told) < 3 else verdict
+
+    found, words = fitting_hessian(made.loss, made.parameters, made.batches[:1], None, (), agree)
+    assert told == [fitting.FITS] * 3
+    assert words.startswith("pieces of")
+    assert words.endswith("because memory is short on another rank")
+    assert found.graph_bytes() == 0
+
+
+def test_another_rank_that_fails_outright_ends_it_here_too():
+    made = cases.build("mlp tanh")
+    with pytest.raises(CurvatureError, match="another rank"):
+        fitting_hessian(made.loss, made.parameters, made.batches, None, (), lambda verdict: fitting.FAILED)

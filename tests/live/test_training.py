@@ -78,3 +78,17 @@ def test_largest_learning_rate(tmp_path):
             return torch.optim.SGD([{"params": [weight], "lr": 0.01}, {"params": [bias], "lr": 0.03}], lr=0.1)
 
     assert ask(tmp_path, Groups(), logger=False)[0].answers["lr"] == 0.03
+
+
+class Eta(pl.Callback):
+    """Somebody's own, which shows the time that is left in its own way."""
+
+    def time_remaining(self):
+        return "1:20"
+
+
+def test_only_the_trainers_own_timer_limits_the_time(tmp_path):
+    asks, _ = ask(tmp_path, max_time={"minutes": 3})
+    assert 170 < asks.answers["left"] <= 180
+    eta = pl.Trainer(callbacks=[Eta()], default_root_dir=tmp_path, accelerator="cpu", logger=False, max_epochs=1)
+    assert seconds_left(eta) == math.inf
