@@ -103,9 +103,10 @@ def _operator(
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if settings.curvature == "ggn":
         return _gauss_newton(module, chosen, captured, settings.outputs_fn), (), ()
-    loss, limit = curvature_loss(module, settings.loss_fn), memory.for_graphs(chosen[0][1].device)
+    loss = curvature_loss(module, settings.loss_fn)
     if settings.curvature == "gradient_covariance":
         return GradientCovariance(loss, chosen, captured, settings.microbatch), (), ()
+    limit = agree(memory.for_graphs(chosen[0][1].device))  # one limit, so that all ranks evaluate the loss as often
     if settings.product == "finite_difference":
         return _forward_differences(loss, chosen, captured, limit)
     try:
