@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -86,18 +85,25 @@ def watched(directory: Path, watch: SpectrumMonitor, probes: int = PROBES) -> Co
     return counts
 
 
+class FailsInProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no luck in a product")
+
+
 class FailsOften:
     """Of four probes the second fails in the loss and the fourth in a product, so never three in a row."""
 
-    def __init__(self) -> None:
-        self.calls = 0
-
     def __call__(self, module: Any, batch: Any) -> Tensor:
-        self.calls += 1
+        probe = module.global_step % 4  # whatever a probe tries in place of what failed
         loss = F.cross_entropy(module(batch[0]), batch[1])
-        if self.calls % 4 == 2:
+        if probe == 2:
             raise RuntimeError("no luck in the loss")
-        return Fails.apply(loss) if self.calls % 4 == 0 else loss
+        return FailsInProduct.apply(loss) if probe == 0 else loss
 
 
 @pytest.mark.slow
@@ -113,14 +119,11 @@ def test_five_hundred_probes_do_not_grow(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_probes_of_which_every_other_one_fails_do_not_grow_either(tmp_path):
-    """Fewer: after an out-of-memory all garbage is collected, which takes its time."""
-    probes = WARM_UP + 150
     watch = monitor(loss_fn=FailsOften(), on_error="warn")
-    with pytest.warns(UserWarning, match="no luck in the loss|no memory in a product") as warned:
-        counts = watched(tmp_path, watch, probes)
-    said = [str(w.message) for w in warned if "could not take its probe" in str(w.message)]
-    assert len(said) == len({re.sub("[0-9.]+", "#", sentence) for sentence in said}) <= 6  # each reason once
-    assert len(watch.history) == probes // 2 + 1
+    with pytest.warns(UserWarning, match="no luck in (the loss|a product)") as warned:
+        counts = watched(tmp_path, watch)
+    assert len([w for w in warned if "could not take its probe" in str(w.message)]) == 2  # each reason once
+    assert len(watch.history) == PROBES // 2 + 1
     assert counts.new_tensors <= 0
     assert counts.grown < GROWTH
 
