@@ -38,9 +38,9 @@ $(BENCH_VENV)/.installed: pyproject.toml benchmarks/requirements.txt
 	$(BENCH_VENV)/bin/python -m pip install -q -e . -r benchmarks/requirements.txt
 	touch $@
 
-bench: $(BENCH_VENV)/.installed
+bench: $(BENCH_VENV)/.installed $(VENV)/.installed
 	$(THREADS) $(BENCH_VENV)/bin/python benchmarks/peers.py
-	$(THREADS) $(BENCH_VENV)/bin/python benchmarks/fence.py
+	$(THREADS) $(BIN)/python benchmarks/fence.py
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) demo_output lightning_logs
