@@ -52,7 +52,8 @@ def heat_map_figure(history: Sequence[HistoryEntry]) -> Figure:
     # rasterized: one image in a PDF or SVG instead of thousands of rectangles with hairlines between them.
     mesh = axes.pcolormesh(cells, edges, shade, cmap=style.mass_colours(), vmin=faintest, vmax=0.0, rasterized=True)
     axis.apply(axes, "y")
-    axes.set_xlim(min(cells[0], entries[0].step), max(cells[-1], entries[-1].step))
+    room = 0.02 * (entries[-1].step - entries[0].step)  # for the dots of light readings beyond the last full one
+    axes.set_xlim(min(cells[0], entries[0].step - room), max(cells[-1], entries[-1].step + room))
     _step_ticks(axes, entries)
     _draw_dots(axes, entries, linear_to)
     _draw_limit(axes, entries, linear_to, axis.high)
