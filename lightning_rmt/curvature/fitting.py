@@ -59,9 +59,13 @@ def fitting_hessian(
     block, listed = ParameterBlock(parameters), as_batches(batches)
     named = list(zip(block.names, block.tensors, strict=True))
     limits: dict[str, Any] = {"memory_limit": memory_limit, "resident": list(resident)}
-    largest = max(sample_count(batch) for batch in listed)
+    # Agreed, since ladders of different lengths would leave a rank waiting: batches may be uneven over the ranks.
+    largest, batch_count = agree(max(sample_count(batch) for batch in listed)), agree(len(listed))
 
-    def kept(samples: int) -> Hessian:
+    def whole(samples: int) -> Hessian:
+        return Hessian(loss, named, listed, **limits)
+
+    def first_samples(samples: int) -> Hessian:
         chosen = [micro_batches(batch, samples)[0] for batch in listed]
         return Hessian(loss, named, chosen, **limits)
 
@@ -73,11 +77,11 @@ def fitting_hessian(
 
     halves = list(_halves(largest))
     anew = "graph at a time, built anew in every product"
-    attempts: list[Attempt] = [(kept, largest, "")]
-    if len(listed) > 1:
+    attempts: list[Attempt] = [(whole, largest, "")]
+    if batch_count > 1:
         attempts.append((batch_by_batch, largest, f"one batch's {anew}"))
     attempts += [(in_pieces, n, f"pieces of {n} of {largest} samples, one piece's {anew}") for n in halves]
-    fewer: list[Attempt] = [(kept, n, f"the first {n} of {largest} samples only") for n in halves]
+    fewer: list[Attempt] = [(first_samples, n, f"the first {n} of {largest} samples only") for n in halves]
 
     queue, reason = attempts, ""
     first: Exception | None = None

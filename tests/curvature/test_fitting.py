@@ -234,10 +234,10 @@ def test_ranks_take_every_attempt_together():
 
     def agree(verdict):
         told.append(verdict)
-        return min(verdict, fitting.TOO_LARGE) if len(told) < 3 else verdict
+        return min(verdict, fitting.TOO_LARGE) if 2 < len(told) < 5 else verdict
 
     found, words = fitting_hessian(made.loss, made.parameters, made.batches[:1], None, (), agree)
-    assert told == [fitting.FITS] * 3
+    assert told == [made.counts[0], 1, *[fitting.FITS] * 3]  # samples, batches, and three attempts
     assert words.startswith("pieces of")
     assert words.endswith("because memory is short on another rank")
     assert found.graph_bytes() == 0
@@ -247,3 +247,18 @@ def test_another_rank_that_fails_outright_ends_it_here_too():
     made = cases.build("mlp tanh")
     with pytest.raises(CurvatureError, match="another rank"):
         fitting_hessian(made.loss, made.parameters, made.batches, None, (), lambda verdict: fitting.FAILED)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_with_uneven_batches_have_ladders_of_one_length(count):
+    """Where another rank's batch is smaller, this one gives up with it: nobody waits for an attempt that doesn't come."""
+    made = cases.build("mlp tanh")
+    calls, agreed = [], iter([count, 1])
+
+    def agree(number):
+        calls.append(number)
+        return next(agreed, number)
+
+    with pytest.raises(GraphTooLargeError):
+        fitting_hessian(made.loss, made.parameters, made.batches[:1], 1, (), agree)
+    assert len(calls) == 2 + {1: 1, 2: 2, 3: 3}[count]  # whole, and the halves of the smaller batch
