@@ -1,0 +1,115 @@
+"""What every limiting law offers: density, distribution function, atom, edges, moments, and a matrix to simulate it with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+#: Points per interval of the support at which the density is taken for its integrals.
+GRID = 2049
+
+
+@dataclass(frozen=True)
+class Law(ABC):
+    """A limiting spectral law: a continuous part on a few intervals, and perhaps an atom.
+
+    Subclasses are frozen dataclasses whose fields are the parameters. They give `support`, `density` and `rvs`, and `atom`
+    where there is one; what is an integral over the density follows from these. The integrals are taken on a grid that
+    is dense at both ends of every interval, where densities begin and end like square roots or diverge.
+    """
+
+    @property
+    @abstractmethod
+    def support(self) -> tuple[tuple[float, float], ...]:
+        """Intervals that carry the continuous part, ascending."""
+
+    @abstractmethod
+    def density(self, x: ArrayLike) -> NDArray[np.float64]:
+        """Density of the continuous part at ``x``, shape of ``x``, integrating to ``1 - atom``; zero off the support."""
+
+    @abstractmethod
+    def rvs(self, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+        """Eigenvalues of one simulated matrix of dimension ``size``, ascending.
+
+        Args:
+            size: dimension of the matrix.
+            rng: source of randomness.
+        """
+
+    @property
+    def atom(self) -> float:
+        """Mass at `atom_location`, from 0 to 1."""
+        return 0.0
+
+    @property
+    def atom_location(self) -> float:
+        """Where the atom sits."""
+        return 0.0
+
+    @property
+    def edges(self) -> tuple[float, float]:
+        """Smallest and largest point of the continuous part."""
+        return self.support[0][0], self.support[-1][1]
+
+    def cdf(self, x: ArrayLike) -> NDArray[np.float64]:
+        """Mass at or below ``x``, shape of ``x``."""
+        points = np.asarray(x, dtype=np.float64)
+        grid, mass = self._cumulative
+        return np.asarray(np.interp(points, grid, mass) + self.atom * (points >= self.atom_location))
+
+    def quantile(self, p: ArrayLike) -> NDArray[np.float64]:
+        """Smallest x with at least the mass ``p`` at or below it, for ``p`` from 0 to 1, shape of ``p``.
+
+        Raises:
+            ValueError: a ``p`` lies outside 0 to 1.
+        """
+        shares = np.asarray(p, dtype=np.float64)
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(f"p is a share between 0 and 1, got {p}")
+        grid, mass = self._cumulative
+        if self.atom > 0:
+            below = float(np.interp(self.atom_location, grid, mass))
+            place = int(np.searchsorted(grid, self.atom_location))
+            grid = np.insert(grid, place, [self.atom_location] * 2)
+            mass = np.concatenate([mass[:place], [below, below + self.atom], mass[place:] + self.atom])
+        return np.asarray(np.interp(shares, mass, grid))
+
+    def moment(self, k: int) -> float:
+        """``E[x^k]``, the atom included.
+
+        Raises:
+            ValueError: ``k`` is negative.
+        """
+        if k < 0:
+            raise ValueError(f"moments have orders from 0, got {k}")
+        x, weights = self._quadrature
+        return float(weights @ x**k + self.atom * self.atom_location**k)
+
+    @cached_property
+    def _quadrature(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Points and weights that integrate a function over the continuous part, normalised to its known mass."""
+        points, weights = [], []
+        # x = (a + b)/2 - (b - a)/2 cos t takes square roots at both ends to sin^2 t; midpoints, since densities may diverge
+        angle = (np.arange(GRID) + 0.5) * np.pi / GRID
+        for low, high in self.support:
+            x = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
+            points.append(x)
+            weights.append(self.density(x) * (high - low) / 2 * np.sin(angle) * np.pi / GRID)
+        x, w = np.concatenate(points), np.concatenate(weights)
+        return x, w * ((1 - self.atom) / w.sum())
+
+    @cached_property
+    def _cumulative(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Ascending points, and the continuous part's mass up to each."""
+        x, weights = self._quadrature
+        ends = np.array(self.support)
+        angle = np.arange(GRID + 1) * np.pi / GRID  # the ends of the quadrature's cells
+        cells = (ends[:, :1] + ends[:, 1:]) / 2 - (ends[:, 1:] - ends[:, :1]) / 2 * np.cos(angle)
+        mass = np.concatenate([[0.0], np.cumsum(weights)]).clip(0, 1 - self.atom)
+        first = np.arange(len(self.support)) * GRID
+        upto = np.concatenate([mass[start : start + GRID + 1] for start in first])
+        return cells.ravel(), upto
