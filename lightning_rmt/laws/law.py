@@ -69,7 +69,7 @@ class Law(ABC):
         """
         shares = np.asarray(p, dtype=np.float64)
         if not ((shares >= 0) & (shares <= 1)).all():
-            raise ValueError(f"p is a share between 0 and 1, got {p}")
+            raise ValueError(f"p is a share between 0 and 1, got {p!r}")
         grid, mass = self._cumulative
         if self.atom > 0:
             below = float(np.interp(self.atom_location, grid, mass))
@@ -105,7 +105,7 @@ class Law(ABC):
     @cached_property
     def _cumulative(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ascending points, and the continuous part's mass up to each."""
-        x, weights = self._quadrature
+        _, weights = self._quadrature
         ends = np.array(self.support)
         angle = np.arange(GRID + 1) * np.pi / GRID  # the ends of the quadrature's cells
         cells = (ends[:, :1] + ends[:, 1:]) / 2 - (ends[:, 1:] - ends[:, :1]) / 2 * np.cos(angle)
