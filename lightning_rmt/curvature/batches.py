@@ -69,6 +69,18 @@ def micro_batches(batch: Any, size: int) -> list[Any]:
     return [_rebuild(batch, part(start), {}) for start in range(0, count, size)]
 
 
+def map_tensors(batch: Any, transform: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with every tensor in it replaced; containers keep their types, all else is shared.
+
+    Packed sequences are replaced by those of their transformed data.
+    """
+
+    def one(leaf: Any) -> Any:
+        return transform(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return _rebuild(batch, one, {})
+
+
 def _leaves(item: Any, seen: set[int]) -> Iterator[Any]:
     """The tensors and packed sequences in a nested batch, in order; an object that holds itself ends."""
     if isinstance(item, (Tensor, PackedSequence)):
