@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
+
+BLOCK_META = ("name", "description", "noise", "seconds")
+"""What is saved of a block besides its eigenvalues."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class Reading:
             its spectrum should be relied on.
         product: ``"exact"`` or ``"finite_difference"``.
         product_error: relative error of a product of finite differences, as measured; None where it is exact.
+        levels: exact eigenvalues of blocks of parameters with their level statistics; none in a light reading.
     """
 
     step: int
@@ -54,6 +59,7 @@ class Reading:
     speed: str = "full"
     product: str = "exact"
     product_error: float | None = None
+    levels: tuple[BlockLevels, ...] = ()
 
     @property
     def light(self) -> bool:
@@ -71,8 +77,10 @@ class Reading:
 
     def save(self, path: str | Path) -> None:
         """Writes the reading to ``path`` as .npz (plain arrays and JSON, no pickle); ``Spectrum.load`` reads it too."""
-        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spectrum"}
+        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectrum", "levels")}
+        meta["levels"] = [{name: getattr(block, name) for name in BLOCK_META} for block in self.levels]
         arrays: dict[str, Any] = {"reading": np.array(json.dumps(meta)), **self.spectrum.to_arrays()}
+        arrays |= {f"levels_{i}": block.eigenvalues for i, block in enumerate(self.levels)}
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -88,6 +96,9 @@ class Reading:
         if "reading" not in arrays:
             raise ValueError(f"{path} holds no reading; Spectrum.load may read it")
         meta: dict[str, Any] = json.loads(str(arrays.pop("reading")))
+        meta["levels"] = [
+            BlockLevels(eigenvalues=arrays[f"levels_{i}"], **block) for i, block in enumerate(meta.get("levels", []))
+        ]
         known = {f.name for f in fields(cls)}
         meta = {key: tuple(v) if isinstance(v, list) else v for key, v in meta.items() if key in known}
         return cls(spectrum=Spectrum.from_arrays(arrays), **meta)

@@ -46,3 +46,16 @@ def refuse_bad_values(
         raise ValueError(f"seed must not be negative, got {seed}")
     if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
+
+
+def refuse_bad_levels(levels: object, curvature: str) -> None:
+    """Refuses what isn't a choice of blocks, and blocks of a matrix whose levels aren't taken."""
+    if levels is None or levels == "auto":
+        return
+    if isinstance(levels, str) or not isinstance(levels, (list, tuple)) or not levels:
+        raise ValueError(f'levels must be "auto", None or a list of layers or name patterns, got {levels!r}')
+    if curvature != "hessian":
+        raise ValueError(
+            f'level statistics are those of the Hessian\'s exact blocks: with curvature="{curvature}" leave levels="auto" '
+            "(which then takes none) or None"
+        )

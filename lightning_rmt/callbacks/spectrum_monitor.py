@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_rmt.callbacks.arguments import at_least_one, choose, refuse_bad_values
+from lightning_rmt.callbacks.arguments import at_least_one, choose, refuse_bad_levels, refuse_bad_values
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
+from lightning_rmt.live.level_blocks import refuse_unusable_levels
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.memory import Memory
@@ -76,7 +77,10 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         outputs_fn: function of (module, batch) that returns the outputs and a function of them that is the loss, for
             ``"ggn"``.
         parameters: name patterns (``"encoder.*"``) of the parameters to look at. None: all trainable ones.
-        levels: parameter blocks whose exact level statistics are wanted; not available in this version, must be None.
+        levels: blocks of parameters whose exact Hessian is taken, in float64, for random-matrix level statistics (logged as
+            ``goe/<block>/...``): name patterns or layers, one block each, of 50 to 4096 parameters. ``"auto"``: 256 to 1024
+            parameters nearest to the loss, as many as half of the rest of the probe pays for. None: no level statistics.
+            Each curvature batch of each rank gives one spectrum, and they are pooled.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has
@@ -117,7 +121,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         loss_fn: Callable[[Any, Any], Any] | None = None,
         outputs_fn: Callable[[Any, Any], Any] | None = None,
         parameters: list[str] | None = None,
-        levels: list[str] | None = None,
+        levels: list[str] | Literal["auto"] | None = "auto",
         microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
@@ -133,11 +137,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
         choose("product", product, ("auto", "exact", "finite_difference"))
         choose("on_error", on_error, ("warn", "raise"))
-        if levels is not None:
-            raise MisconfigurationException(
-                "level statistics are not available in this version: they need exact spectra, not Ritz values. "
-                "Leave levels=None"
-            )
+        refuse_bad_levels(levels, curvature)
         self.curvature = curvature
         self.lanczos_steps = lanczos_steps
         self.probes = probes
@@ -179,6 +179,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             microbatch=self.microbatch,
             product=self.product,
             parameters=self.parameters,
+            levels=self.levels if self.curvature == "hessian" else None,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
             autocast=self.autocast,
@@ -218,6 +219,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             )
         if self.parameters is not None:
             refuse_unmatched_parameters(pl_module, self.parameters)
+        refuse_unusable_levels(pl_module, self.levels, self.parameters)
         self._total_steps = total_steps(trainer)
         self._clock = time.perf_counter()
 
@@ -354,6 +356,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             speed=speed,
             product="exact" if probed.product_error is None else "finite_difference",
             product_error=probed.product_error,
+            levels=probed.levels,
         )
         if speed == "light":
             self.light_reading = reading

@@ -85,7 +85,7 @@ def in_double(modules: Iterable[nn.Module], block: Sequence[Slice]) -> Iterator[
 
         for module in listed:
             for table in (module._parameters, module._buffers):
-                undo.callback(table.update, dict(table))
+                undo.callback(_put_back, table, dict(table))
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = copy_of(tensor)  # type: ignore[assignment]
@@ -112,6 +112,10 @@ def double_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(8 * tensor.numel() for tensor in tensors.values())
 
 
+def _put_back(table: dict[str, Any], originals: dict[str, Any]) -> None:
+    table.update(originals)
+
+
 def _leaf(part: Slice) -> Tensor:
     piece = part.parameter.detach()[tuple(slice(n) for n in part.shape)]
     return piece.double().clone().requires_grad_()
@@ -124,5 +128,3 @@ def _with_leaf(part: Slice, leaf: Tensor) -> Tensor:
     rest = part.parameter.detach().double().clone()
     rest[tuple(slice(n) for n in part.shape)] = leaf
     return rest
-
-

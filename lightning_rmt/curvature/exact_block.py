@@ -77,10 +77,11 @@ class BlockHessian:
         self._found: list[Tensor] = []
 
     def seconds_per_row(self) -> float:
-        """Takes the first rows, which are kept, and says how long one took."""
+        """Takes the first rows, which are kept, and says how long one took, after one that isn't timed."""
+        self._take(1)  # the first vectorised pass of a process imports what it needs
         begin = time.perf_counter()
-        self._take(min(CHUNK, self.size))
-        return (time.perf_counter() - begin) / self._count
+        self._take(min(1 + CHUNK, self.size))
+        return (time.perf_counter() - begin) / max(self._count - 1, 1)
 
     def levels(self, keep: int | None = None) -> ExactLevels:
         """Forms and decomposes the block of the first ``keep`` coordinates (None: all of them).
@@ -94,8 +95,8 @@ class BlockHessian:
         self._found = []
         if not np.isfinite(matrix).all():
             raise ValueError("an entry of the exact Hessian is NaN or infinite")
-        noise = NOISE_PER_ASYMMETRY * spectral_norm(matrix - matrix.T) / 2
-        return ExactLevels(np.linalg.eigvalsh((matrix + matrix.T) / 2), noise)
+        asymmetry = spectral_norm(matrix - matrix.T) / 2
+        return ExactLevels(np.linalg.eigvalsh((matrix + matrix.T) / 2), NOISE_PER_ASYMMETRY * asymmetry)
 
     @property
     def _count(self) -> int:
@@ -119,13 +120,13 @@ def rows_affordable(seconds: float, seconds_per_row: float) -> int:
 
 def spectral_norm(skew: NDArray[np.float64], iterations: int = 20) -> float:
     """Largest singular value by power iteration, from a fixed start; a few per cent low at worst."""
-    v = np.random.default_rng(0).standard_normal(skew.shape[0])
+    v = np.random.default_rng(0).standard_normal(skew.shape[:1])
     length = 0.0
     for _ in range(iterations):
         norm = float(np.linalg.norm(v))
         if norm == 0.0:
             return 0.0
-        v = skew @ (v / norm)
+        v = np.asarray(skew @ (v / norm))
         length = float(np.linalg.norm(v))
     return length
 
@@ -207,9 +208,7 @@ def steps_to_loss(loss: Tensor, parameters: Iterable[Tensor]) -> dict[int, int]:
     return found
 
 
-def nearest_layer(
-    named: Mapping[str, Tensor], distances: Mapping[int, int], *, fewest: int, most: int
-) -> list[Slice]:
+def nearest_layer(named: Mapping[str, Tensor], distances: Mapping[int, int], *, fewest: int, most: int) -> list[Slice]:
     """The layers nearest to the loss that have enough parameters together, or a piece of them.
 
     A layer's parameters are those of one module. Layers are taken whole until there are ``fewest``; one that would lead

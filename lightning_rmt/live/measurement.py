@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -14,8 +15,10 @@ from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.krylov.lanczos import BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
+from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence import fence
+from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
@@ -38,6 +41,7 @@ class LiveMeasurement:
         notes: further sentences to keep with the reading.
         learned: what the next probe needn't find out again.
         product_error: of finite differences, the largest of any rank; None where products are exact.
+        levels: level statistics of exact blocks; only a full probe has them.
     """
 
     measurement: Measurement
@@ -47,6 +51,7 @@ class LiveMeasurement:
     notes: tuple[str, ...]
     learned: Learned
     product_error: float | None
+    levels: tuple[BlockLevels, ...] = ()
 
 
 def measure_live(
@@ -81,6 +86,7 @@ def measure_live(
         OtherRankFailedError: another rank failed.
         Exception: whatever went wrong here.
     """
+    begin = time.perf_counter()
     ranks = Ranks.of(trainer)
     learned = learned or Learned(settings.product)
     memory = memory or Memory()
@@ -146,13 +152,21 @@ def measure_live(
 
         # A rank that fails in a product makes the sum NaN, which is not what the others should report.
         measurement = ranks.together(run, follows=lambda error: isinstance(error, NonFiniteError))
-        found = Learned(
+        found = replace(
+            learned,
             product="exact" if isinstance(operator, Hessian) else learned.product,
             at_once=operator.at_once if probes > 1 else learned.at_once,
         )
-        return LiveMeasurement(
+        result = LiveMeasurement(
             measurement, int(shared.samples), operator.block.names, warnings, notes, found, shared.product_error
         )
+        if light is not None:
+            return result
+        operator.release()  # its graphs are in the way of what follows
+        levels = measure_levels(
+            trainer, module, batches, settings, ranks, seconds=time.perf_counter() - begin, learned=found
+        )
+        return replace(result, levels=levels.blocks, notes=(*notes, *levels.notes), learned=levels.learned)
 
 
 def _agreed(ranks: Ranks, plan: Plan) -> Plan:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -83,6 +85,15 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return [int(value) for value in tensor.tolist()]
+
+    def gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Every rank's values, shape (ranks, *values.shape); the shape is the same on all of them."""
+        if self.group is None:
+            return values[None]
+        everyones = torch.zeros(self.size, *values.shape, dtype=torch.float64, device=self._device)
+        everyones[self.rank] = torch.from_numpy(values)
+        dist.all_reduce(everyones, group=self.group)
+        return np.asarray(everyones.cpu().numpy())
 
     def from_first(self, values: Sequence[int]) -> list[int]:
         """The first rank's values, on every rank."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_rmt.live.level_blocks import LevelBlock
 from lightning_rmt.live.loss import LossFn
 
 Curvature = Literal["hessian", "ggn", "gradient_covariance"]
@@ -23,6 +24,7 @@ class ProbeSettings:
     microbatch: int
     product: Product
     parameters: Sequence[str] | None
+    levels: Sequence[str] | Literal["auto"] | None
     loss_fn: LossFn | None
     outputs_fn: OutputsFn | None
     autocast: bool
@@ -45,10 +47,14 @@ class Learned:
     Attributes:
         product: the kind of product that works, where the settings leave it open.
         at_once: whether products with several vectors are faster in one backward pass; None: not measured yet.
+        level_block: the block that ``levels="auto"`` stands for; None: not chosen yet.
+        no_levels: why there are no level statistics; they are not tried again.
     """
 
     product: Product
     at_once: bool | None = None
+    level_block: LevelBlock | None = None
+    no_levels: str | None = None
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def test_a_probe_that_works_again_starts_the_count_of_failures_afresh(control, t
             raise UserError(f"call {len(calls)}")
         return step_of(module, batch)
 
-    watch = monitor(loss_fn=loss_fn)
+    watch = monitor(loss_fn=loss_fn, levels=None)
     prints, said = watched(CASE, tmp_path, watch)
     assert differences(prints, control) == []
     assert steps(watch) == [4, 10]

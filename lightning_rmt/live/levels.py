@@ -1,0 +1,201 @@
+"""Level statistics of the live module: exact blocks in float64, on all ranks together, never at the probe's expense."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from lightning_rmt.curvature.double_precision import Slice, double_batch, double_bytes, in_double
+from lightning_rmt.curvature.errors import is_out_of_memory
+from lightning_rmt.curvature.evaluation import differentiable, evaluate
+from lightning_rmt.curvature.exact_block import BlockHessian, ExactLevels, rows_affordable, steps_to_loss
+from lightning_rmt.curvature.parameters import select_parameters
+from lightning_rmt.levels.block import BlockLevels
+from lightning_rmt.live.batches import CapturedBatch
+from lightning_rmt.live.fence.enclosure import enclose
+from lightning_rmt.live.level_blocks import FEWEST, FEWEST_AUTO, MOST_AUTO, LevelBlock, named_block, nearest_block
+from lightning_rmt.live.loss import curvature_loss
+from lightning_rmt.live.memory import SHARE, free_bytes
+from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.settings import Learned, ProbeSettings
+
+#: What the blocks that are chosen automatically may take, as a share of the rest of the probe.
+TIME_SHARE = 0.5
+
+T = TypeVar("T")
+
+
+class FoundLevels(NamedTuple):
+    """Level statistics of one probe.
+
+    Attributes:
+        blocks: one entry per block that could be had.
+        notes: why others couldn't.
+        learned: for the next probe.
+    """
+
+    blocks: tuple[BlockLevels, ...]
+    notes: tuple[str, ...]
+    learned: Learned
+
+
+class _RefusedError(Exception):
+    """There are no level statistics of a block, on any rank; the message says why."""
+
+
+def measure_levels(
+    trainer: Any,
+    module: Any,
+    batches: Sequence[CapturedBatch],
+    settings: ProbeSettings,
+    ranks: Ranks,
+    *,
+    seconds: float,
+    learned: Learned,
+) -> FoundLevels:
+    """Exact level statistics; called inside the fence, by all ranks.
+
+    Whatever goes wrong is a note: the spectrum has been measured by then.
+
+    Args:
+        trainer: the Trainer.
+        module: the LightningModule, fenced and gathered.
+        batches: this rank's curvature batches.
+        settings: with what is wanted in ``levels``.
+        ranks: all that take part.
+        seconds: what the rest of the probe took.
+        learned: from earlier probes.
+    """
+    if settings.levels is None:
+        return FoundLevels((), (), learned)
+    if learned.no_levels is not None:
+        return FoundLevels((), (learned.no_levels,), learned)
+    work = _Work(trainer, module, batches, settings, ranks)
+    if settings.levels == "auto":
+        try:
+            block = learned.level_block or work.nearest()
+            found, kept = work.measure(block, allowed=TIME_SHARE * seconds)
+        except _RefusedError as error:
+            reason = f"no level statistics: {error}"
+            return FoundLevels((), (reason,), replace(learned, no_levels=reason))
+        return FoundLevels((found,), (), replace(learned, level_block=kept))
+    blocks, notes = [], []
+    for pattern in settings.levels:
+        try:
+            block = work.together(partial(named_block, module, pattern, settings.parameters))
+            blocks.append(work.measure(block, allowed=None)[0])
+        except _RefusedError as error:
+            notes.append(f"no level statistics of {pattern}: {error}")
+    return FoundLevels(tuple(blocks), tuple(notes), learned)
+
+
+class _Work:
+    """What the stages of one measurement share."""
+
+    def __init__(
+        self, trainer: Any, module: Any, batches: Sequence[CapturedBatch], settings: ProbeSettings, ranks: Ranks
+    ) -> None:
+        self.module = module
+        self.settings = settings
+        self.ranks = ranks
+        self.batches = batches[: ranks.least(len(batches))]  # as many on every rank
+        self.modules = enclose(trainer, module, seed=0, autocast=False).modules
+        self.loss = curvature_loss(module, settings.loss_fn)
+
+    def together(self, stage: Callable[[], T]) -> T:
+        """Runs a local stage; goes on only if it worked on every rank."""
+        result, reason = None, None
+        try:
+            result = stage()
+        except Exception as error:
+            reason = "memory ran out" if is_out_of_memory(error) else str(error) or type(error).__name__
+        if not self.ranks.all_ok(reason is None):
+            raise _RefusedError(reason or "it failed on another rank, whose log says why")
+        return result  # type: ignore[return-value]
+
+    def nearest(self) -> LevelBlock:
+        """The block of the layers nearest to the loss; one evaluation of the loss."""
+        trainable = dict(select_parameters(self.module.named_parameters(), self.settings.parameters))
+
+        def choose() -> LevelBlock:
+            with differentiable(twice=not self.settings.first_order):
+                loss = evaluate(self.loss, (self.batches[0],), 0).loss
+                block = nearest_block(trainable, steps_to_loss(loss, trainable.values()), MOST_AUTO)
+            if block is None:
+                raise _RefusedError(f"too few parameters; {FEWEST} levels are needed")
+            return block
+
+        return self.together(choose)
+
+    def measure(self, block: LevelBlock, allowed: float | None) -> tuple[BlockLevels, LevelBlock]:
+        """The block's levels on every batch of every rank.
+
+        Args:
+            block: which parameters.
+            allowed: seconds that it may take; None: as long as it takes.
+
+        Returns:
+            The levels, and the block with the number of coordinates that the time sufficed for.
+        """
+        begin = time.perf_counter()
+        slices = block.slices(self.module)
+        if block.keep is not None:
+            allowed = None
+        with ExitStack() as stack:
+
+            def start() -> tuple[list[torch.Tensor], BlockHessian, float]:
+                self._refuse_too_large(slices)
+                leaves = stack.enter_context(in_double(self.modules, slices))
+                hessian = self._hessian(leaves, 0)
+                return leaves, hessian, 0.0 if allowed is None else hessian.seconds_per_row()
+
+            leaves, first, per_row = self.together(start)
+            keep = first.size if block.keep is None else min(block.keep, first.size)
+            if allowed is not None:
+                affordable = self.ranks.least(rows_affordable(allowed / len(self.batches), per_row))
+                wanted = min(FEWEST_AUTO, keep)
+                if affordable < wanted:
+                    needed = wanted * per_row * len(self.batches)
+                    raise _RefusedError(
+                        f"the exact Hessian of {wanted} parameters of {block.name}, the layers nearest to the loss, would "
+                        f"take {needed:.2g} s, more than {TIME_SHARE:g} of the rest of the probe ({allowed:.2g} s). "
+                        f'levels=["{block.name}"] takes it all the same'
+                    )
+                keep = min(keep, affordable)
+
+            def finish() -> list[ExactLevels]:
+                others = range(1, len(self.batches))
+                return [first.levels(keep), *(self._hessian(leaves, i).levels(keep) for i in others)]
+
+            mine = self.together(finish)
+        rows = np.stack([np.append(found.eigenvalues, found.noise) for found in mine])
+        everyones = self.ranks.gather(rows).reshape(-1, keep + 1)
+        spectra, noise = everyones[:, :-1], float(everyones[:, -1].max())
+        levels = BlockLevels(
+            name=block.name,
+            description=block.describe(slices, keep),
+            eigenvalues=spectra,
+            noise=noise,
+            seconds=time.perf_counter() - begin,
+        )
+        return levels, replace(block, keep=keep)
+
+    def _hessian(self, leaves: list[torch.Tensor], index: int) -> BlockHessian:
+        captured = self.batches[index]
+        return BlockHessian(self.loss, leaves, CapturedBatch(double_batch(captured.batch), captured.batch_idx), index)
+
+    def _refuse_too_large(self, slices: Sequence[Slice]) -> None:
+        size = sum(part.size for part in slices)
+        device = slices[0].parameter.device
+        needed, free = double_bytes(self.modules) + 4 * 8 * size**2, free_bytes(device)
+        if needed > SHARE * free:
+            raise _RefusedError(
+                f"a copy of the model in float64 and the block take {needed / 2**30:.2g} GiB, of {free / 2**30:.2g} GiB free"
+            )
