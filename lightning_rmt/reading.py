@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Reading:
         product: ``"exact"`` or ``"finite_difference"``.
         product_error: relative error of a product of finite differences, as measured; None where it is exact.
         levels: exact eigenvalues of blocks of parameters with their level statistics; none in a light reading.
+        blocks: spectra of groups of parameters, by their tag; none in a light reading.
     """
 
     step: int
@@ -60,6 +62,7 @@ class Reading:
     product: str = "exact"
     product_error: float | None = None
     levels: tuple[BlockLevels, ...] = ()
+    blocks: Mapping[str, Spectrum] = field(default_factory=dict)
 
     @property
     def light(self) -> bool:
@@ -77,10 +80,13 @@ class Reading:
 
     def save(self, path: str | Path) -> None:
         """Writes the reading to ``path`` as .npz (plain arrays and JSON, no pickle); ``Spectrum.load`` reads it too."""
-        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectrum", "levels")}
+        meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectrum", "levels", "blocks")}
         meta["levels"] = [{name: getattr(block, name) for name in BLOCK_META} for block in self.levels]
+        meta["blocks"] = list(self.blocks)
         arrays: dict[str, Any] = {"reading": np.array(json.dumps(meta)), **self.spectrum.to_arrays()}
         arrays |= {f"levels_{i}": block.eigenvalues for i, block in enumerate(self.levels)}
+        for i, spectrum in enumerate(self.blocks.values()):
+            arrays |= {f"block_{i}_{name}": array for name, array in spectrum.to_arrays().items()}
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -99,6 +105,14 @@ class Reading:
         meta["levels"] = [
             BlockLevels(eigenvalues=arrays[f"levels_{i}"], **block) for i, block in enumerate(meta.get("levels", []))
         ]
+        blocks = {
+            name: Spectrum.from_arrays(_starting_with(f"block_{i}_", arrays))
+            for i, name in enumerate(meta.pop("blocks", []))
+        }
         known = {f.name for f in fields(cls)}
         meta = {key: tuple(v) if isinstance(v, list) else v for key, v in meta.items() if key in known}
-        return cls(spectrum=Spectrum.from_arrays(arrays), **meta)
+        return cls(spectrum=Spectrum.from_arrays(arrays), blocks=blocks, **meta)
+
+
+def _starting_with(prefix: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -59,3 +59,9 @@ def refuse_bad_levels(levels: object, curvature: str) -> None:
             f'level statistics are those of the Hessian\'s exact blocks: with curvature="{curvature}" leave levels="auto" '
             "(which then takes none) or None"
         )
+
+
+def refuse_bad_blocks(blocks: object) -> None:
+    """Refuses what isn't a list of groups."""
+    if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, (list, tuple)) or not blocks):
+        raise ValueError(f"blocks must be a list of layers or name patterns, or None, got {blocks!r}")

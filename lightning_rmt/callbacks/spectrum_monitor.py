@@ -8,9 +8,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_rmt.callbacks.arguments import at_least_one, choose, refuse_bad_levels, refuse_bad_values
+from lightning_rmt.callbacks.arguments import (
+    at_least_one,
+    choose,
+    refuse_bad_blocks,
+    refuse_bad_levels,
+    refuse_bad_values,
+)
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
-from lightning_rmt.live.level_blocks import refuse_unusable_levels
+from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
 from lightning_rmt.live.loss import refuse_unusable_loss
 from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.memory import Memory
@@ -81,6 +87,9 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             ``goe/<block>/...``): name patterns or layers, one block each, of 50 to 4096 parameters. ``"auto"``: 256 to 1024
             parameters nearest to the loss, as many as half of the rest of the probe pays for. None: no level statistics.
             Each curvature batch of each rank gives one spectrum, and they are pooled.
+        blocks: groups of parameters (layers or name patterns) that get a spectrum of their own at full probes, logged as
+            ``blocks/<group>/...``. The loss isn't evaluated again and no further graph is kept; a group costs up to
+            ``lanczos_steps`` products that reach no further than to it.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has
@@ -122,6 +131,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         outputs_fn: Callable[[Any, Any], Any] | None = None,
         parameters: list[str] | None = None,
         levels: list[str] | Literal["auto"] | None = "auto",
+        blocks: list[str] | None = None,
         microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
@@ -138,6 +148,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         choose("product", product, ("auto", "exact", "finite_difference"))
         choose("on_error", on_error, ("warn", "raise"))
         refuse_bad_levels(levels, curvature)
+        refuse_bad_blocks(blocks)
         self.curvature = curvature
         self.lanczos_steps = lanczos_steps
         self.probes = probes
@@ -145,6 +156,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.outputs_fn = outputs_fn
         self.parameters = parameters
         self.levels = levels
+        self.blocks = blocks
         self.microbatch = microbatch
         self.product = product
         self.autocast = autocast
@@ -179,6 +191,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             microbatch=self.microbatch,
             product=self.product,
             parameters=self.parameters,
+            blocks=self.blocks,
             levels=self.levels if self.curvature == "hessian" else None,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
@@ -220,6 +233,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         if self.parameters is not None:
             refuse_unmatched_parameters(pl_module, self.parameters)
         refuse_unusable_levels(pl_module, self.levels, self.parameters)
+        refuse_unusable_blocks(pl_module, self.blocks, self.parameters)
         self._total_steps = total_steps(trainer)
         self._clock = time.perf_counter()
 
@@ -357,6 +371,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             product="exact" if probed.product_error is None else "finite_difference",
             product_error=probed.product_error,
             levels=probed.levels,
+            blocks=probed.blocks,
         )
         if speed == "light":
             self.light_reading = reading

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +108,7 @@ class Hessian(CurvatureOperator):
             self._describe(mean)
         self._memory_limit = None  # what fitted once isn't weighed again in every product
         self._fractions = mean.fractions
+        self._within: frozenset[int] | None = None
 
     def _evaluate(self, loss: Loss, batch: Any, index: int) -> tuple[Evaluation, list[Tensor | None]]:
         evaluation = evaluate(loss, (batch,), index)
@@ -183,20 +184,37 @@ class Hessian(CurvatureOperator):
     def _differentiate(self, graph: _GradientGraph, parts: list[Tensor], at_once: bool) -> list[Tensor | None]:
         """The gradient of <gradient, v> for the v in ``parts``, or for a stack of them."""
         # a gradient without a graph is constant: the loss is linear in that parameter
-        curved = [(g, parts[i]) for i, g in zip(graph.places, graph.gradients, strict=True) if g.requires_grad]
+        pairs = [pair for pair in zip(graph.places, graph.gradients, strict=True) if self._covers(pair[0])]
+        places = [i for i, _ in pairs]
+        curved = [(g, parts[i]) for i, g in pairs if g.requires_grad]
         columns: list[Tensor | None] = [None] * len(self.block.tensors)
         if curved:
             found = torch.autograd.grad(
                 [g for g, _ in curved],
-                [self.block.tensors[i] for i in graph.places],
+                [self.block.tensors[i] for i in places],
                 [part for _, part in curved],
                 retain_graph=True,
                 allow_unused=True,
                 is_grads_batched=at_once,
             )
-            for i, column in zip(graph.places, found, strict=True):
+            for i, column in zip(places, found, strict=True):
                 columns[i] = column
         return columns
+
+    def _covers(self, place: int) -> bool:
+        return self._within is None or place in self._within
+
+    @contextmanager
+    def within(self, places: Iterable[int]) -> Iterator[None]:
+        """Products of the block of these parameters only: neither is differentiated by the others, nor back to them.
+
+        Vectors must be zero outside the block.
+        """
+        before, self._within = self._within, frozenset(places)
+        try:
+            yield
+        finally:
+            self._within = before
 
     def release(self) -> None:
         """Drops the gradient graphs and the activations that they hold; no product is possible afterwards."""

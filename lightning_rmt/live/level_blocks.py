@@ -71,6 +71,26 @@ def refuse_unusable_levels(module: Any, levels: Sequence[str] | str | None, para
             )
 
 
+def refuse_unusable_blocks(module: Any, blocks: Sequence[str] | None, parameters: Sequence[str] | None) -> None:
+    """Refuses groups with a slip in their names, and two that would be logged under one tag.
+
+    Raises:
+        MisconfigurationException: a pattern matches no trainable parameter, or two make the same tag.
+    """
+    tags: dict[str, str] = {}
+    for pattern in blocks or ():
+        try:
+            tag = named_block(module, pattern, parameters).name
+        except ValueError as error:
+            raise MisconfigurationException(f"SpectrumMonitor(blocks={list(blocks or ())}): {error}") from error
+        if tag in tags:
+            raise MisconfigurationException(
+                f"SpectrumMonitor(blocks={list(blocks or ())}): {tags[tag]!r} and {pattern!r} would both be logged as "
+                f"{tag!r}"
+            )
+        tags[tag] = pattern
+
+
 def named_block(module: nn.Module, pattern: str, parameters: Sequence[str] | None) -> LevelBlock:
     """The trainable parameters that match a pattern, or that belong to the layer of that name.
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from lightning_rmt.curvature.double_precision import Slice, double_batch, double_bytes, in_double
-from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.curvature.evaluation import differentiable, evaluate
 from lightning_rmt.curvature.exact_block import BlockHessian, ExactLevels, rows_affordable, steps_to_loss
 from lightning_rmt.curvature.parameters import select_parameters
@@ -23,7 +22,7 @@ from lightning_rmt.live.fence.enclosure import enclose
 from lightning_rmt.live.level_blocks import FEWEST, FEWEST_AUTO, MOST_AUTO, LevelBlock, named_block, nearest_block
 from lightning_rmt.live.loss import curvature_loss
 from lightning_rmt.live.memory import SHARE, free_bytes
-from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import Learned, ProbeSettings
 
 #: What the blocks that are chosen automatically may take, as a share of the rest of the probe.
@@ -44,10 +43,6 @@ class FoundLevels(NamedTuple):
     blocks: tuple[BlockLevels, ...]
     notes: tuple[str, ...]
     learned: Learned
-
-
-class _RefusedError(Exception):
-    """There are no level statistics of a block, on any rank; the message says why."""
 
 
 def measure_levels(
@@ -82,7 +77,7 @@ def measure_levels(
         try:
             block = learned.level_block or work.nearest()
             found, kept = work.measure(block, allowed=TIME_SHARE * seconds)
-        except _RefusedError as error:
+        except RefusedError as error:
             reason = f"no level statistics: {error}"
             return FoundLevels((), (reason,), replace(learned, no_levels=reason))
         return FoundLevels((found,), (), replace(learned, level_block=kept))
@@ -91,7 +86,7 @@ def measure_levels(
         try:
             block = work.together(partial(named_block, module, pattern, settings.parameters))
             blocks.append(work.measure(block, allowed=None)[0])
-        except _RefusedError as error:
+        except RefusedError as error:
             notes.append(f"no level statistics of {pattern}: {error}")
     return FoundLevels(tuple(blocks), tuple(notes), learned)
 
@@ -111,14 +106,7 @@ class _Work:
 
     def together(self, stage: Callable[[], T]) -> T:
         """Runs a local stage; goes on only if it worked on every rank."""
-        result, reason = None, None
-        try:
-            result = stage()
-        except Exception as error:
-            reason = "memory ran out" if is_out_of_memory(error) else str(error) or type(error).__name__
-        if not self.ranks.all_ok(reason is None):
-            raise _RefusedError(reason or "it failed on another rank, whose log says why")
-        return result  # type: ignore[return-value]
+        return all_or_none(self.ranks, stage)
 
     def nearest(self) -> LevelBlock:
         """The block of the layers nearest to the loss; one evaluation of the loss."""
@@ -129,7 +117,7 @@ class _Work:
                 loss = evaluate(self.loss, (self.batches[0],), 0).loss
                 block = nearest_block(trainable, steps_to_loss(loss, trainable.values()), MOST_AUTO)
             if block is None:
-                raise _RefusedError(f"too few parameters; {FEWEST} levels are needed")
+                raise RefusedError(f"too few parameters; {FEWEST} levels are needed")
             return block
 
         return self.together(choose)
@@ -163,7 +151,7 @@ class _Work:
                 wanted = min(FEWEST_AUTO, keep)
                 if affordable < wanted:
                     needed = wanted * per_row * len(self.batches)
-                    raise _RefusedError(
+                    raise RefusedError(
                         f"the exact Hessian of {wanted} parameters of {block.name}, the layers nearest to the loss, would "
                         f"take {needed:.2g} s, more than {TIME_SHARE:g} of the rest of the probe ({allowed:.2g} s). "
                         f'levels=["{block.name}"] takes it all the same'
@@ -196,6 +184,6 @@ class _Work:
         device = slices[0].parameter.device
         needed, free = double_bytes(self.modules) + 4 * 8 * size**2, free_bytes(device)
         if needed > SHARE * free:
-            raise _RefusedError(
+            raise RefusedError(
                 f"a copy of the model in float64 and the block take {needed / 2**30:.2g} GiB, of {free / 2**30:.2g} GiB free"
             )

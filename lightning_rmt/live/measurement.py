@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -13,19 +13,21 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
-from lightning_rmt.krylov.lanczos import BASES, Basis, rounding_noise
+from lightning_rmt.krylov.lanczos import Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.batches import CapturedBatch
+from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
-from lightning_rmt.live.memory import Memory, Plan
+from lightning_rmt.live.memory import Memory, Plan, least_plan
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import unsharded
 from lightning_rmt.probe import Forecast, Measurement, Until, measure
+from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
 
 
@@ -42,6 +44,7 @@ class LiveMeasurement:
         learned: what the next probe needn't find out again.
         product_error: of finite differences, the largest of any rank; None where products are exact.
         levels: level statistics of exact blocks; only a full probe has them.
+        blocks: spectra of groups of parameters; only a full probe has them.
     """
 
     measurement: Measurement
@@ -52,6 +55,7 @@ class LiveMeasurement:
     learned: Learned
     product_error: float | None
     levels: tuple[BlockLevels, ...] = ()
+    blocks: Mapping[str, Spectrum] = field(default_factory=dict)
 
 
 def measure_live(
@@ -128,9 +132,11 @@ def measure_live(
         batches, hooks = ranks.together(enter)
         operator, mine, warnings, notes = ranks.together(build)
         shared = operator if ranks.group is None else RankSum(operator, ranks.group)
-        basis, steps = _agreed(ranks, mine)
+        basis, steps = least_plan(ranks, mine)
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
         on_step = stack.enter_context(probe_progress(trainer, settings.name, probes * steps))
+
+        start = _mix(settings.seed, step, 0)
 
         def run() -> Measurement:
             try:
@@ -138,7 +144,7 @@ def measure_live(
                     shared,
                     steps=steps,
                     probes=probes,
-                    seed=_mix(settings.seed, step, 0),
+                    seed=start,
                     check=check,
                     basis=basis,
                     until=_rule(shared, light),
@@ -162,17 +168,13 @@ def measure_live(
         )
         if light is not None:
             return result
+        blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
         operator.release()  # its graphs are in the way of what follows
         levels = measure_levels(
             trainer, module, batches, settings, ranks, seconds=time.perf_counter() - begin, learned=found
         )
-        return replace(result, levels=levels.blocks, notes=(*notes, *levels.notes), learned=levels.learned)
-
-
-def _agreed(ranks: Ranks, plan: Plan) -> Plan:
-    """The least that any rank planned."""
-    least, fewest = ranks.largest((BASES.index(plan.basis), -plan.steps))
-    return Plan(BASES[least], -fewest)
+        notes = (*notes, *reasons, *levels.notes)
+        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned)
 
 
 def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from lightning_rmt.curvature.errors import GraphTooLargeError, is_out_of_memory
 from lightning_rmt.krylov.lanczos import BASES, Basis, SymmetricOperator, basis_bytes
+from lightning_rmt.live.ranks import Ranks
 
 #: Share of the free memory that a probe may take. The rest is for what it holds for a moment (the temporaries of a backward
 #: pass) and for other processes.
@@ -73,6 +74,12 @@ class Plan(NamedTuple):
 
     basis: Basis
     steps: int
+
+
+def least_plan(ranks: Ranks, mine: Plan) -> Plan:
+    """The least that any rank planned."""
+    least, fewest = ranks.largest((BASES.index(mine.basis), -mine.steps))
+    return Plan(BASES[least], -fewest)
 
 
 def plan(

@@ -10,11 +10,17 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from lightning_rmt.curvature.errors import is_out_of_memory
+
 T = TypeVar("T")
 
 
 class OtherRankFailedError(RuntimeError):
     """This rank was fine, but another one was not, so all of them skip the probe."""
+
+
+class RefusedError(Exception):
+    """Something that a probe can do without couldn't be had, on any rank; the message says why."""
 
 
 class Ranks:
@@ -102,3 +108,19 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
         dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
         return [int(value) for value in tensor.tolist()]
+
+
+def all_or_none(ranks: Ranks, stage: Callable[[], T]) -> T:
+    """Runs a local stage that a probe can do without; goes on only if it worked on every rank.
+
+    Raises:
+        RefusedError: it failed here or elsewhere; of the exception only the words are kept.
+    """
+    result, reason = None, None
+    try:
+        result = stage()
+    except Exception as error:
+        reason = "memory ran out" if is_out_of_memory(error) else str(error) or type(error).__name__
+    if not ranks.all_ok(reason is None):
+        raise RefusedError(reason or "it failed on another rank, whose log says why")
+    return result  # type: ignore[return-value]

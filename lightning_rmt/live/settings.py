@@ -25,6 +25,7 @@ class ProbeSettings:
     product: Product
     parameters: Sequence[str] | None
     levels: Sequence[str] | Literal["auto"] | None
+    blocks: Sequence[str] | None
     loss_fn: LossFn | None
     outputs_fn: OutputsFn | None
     autocast: bool

@@ -1,0 +1,81 @@
+"""Spectra of groups of parameters, from the graphs that the whole spectrum was measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_rmt.curvature.distributed import RankSum
+from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.curvature.restricted import Restricted
+from lightning_rmt.live.level_blocks import named_block
+from lightning_rmt.live.memory import Memory, least_plan
+from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
+from lightning_rmt.live.settings import ProbeSettings
+from lightning_rmt.probe import estimate_spectrum
+from lightning_rmt.spectra.spectrum import Spectrum
+from lightning_rmt.spectra.stopping import Settled
+
+
+def measure_blocks(
+    module: Any,
+    operator: CurvatureOperator,
+    whole: Spectrum,
+    settings: ProbeSettings,
+    ranks: Ranks,
+    memory: Memory,
+    seed: int,
+) -> tuple[Mapping[str, Spectrum], Sequence[str]]:
+    """One spectrum for each group of parameters in ``settings.blocks``; called inside the fence, by all ranks.
+
+    The loss isn't evaluated again and no graph is built. A group of all parameters has the whole spectrum.
+
+    Args:
+        module: the LightningModule.
+        operator: this rank's operator, with its graphs.
+        whole: its spectrum.
+        settings: with the groups that are wanted.
+        ranks: all that take part.
+        memory: what a basis may take.
+        seed: of the start vectors.
+
+    Returns:
+        The spectra by the groups' tags, and why others couldn't be had.
+    """
+    found, notes = {}, []
+    for pattern in settings.blocks or ():
+        try:
+            found[named_block(module, pattern, settings.parameters).name] = _spectrum(
+                module, operator, whole, pattern, settings, ranks, memory, seed
+            )
+        except RefusedError as error:
+            notes.append(f"no spectrum of {pattern}: {error}")
+    return found, notes
+
+
+def _spectrum(
+    module: Any,
+    operator: CurvatureOperator,
+    whole: Spectrum,
+    pattern: str,
+    settings: ProbeSettings,
+    ranks: Ranks,
+    memory: Memory,
+    seed: int,
+) -> Spectrum:
+    def restrict() -> Restricted:
+        pieces = named_block(module, pattern, settings.parameters).pieces
+        return Restricted(operator, [name for name, _ in pieces])
+
+    block = all_or_none(ranks, restrict)
+    if block.size == operator.size:
+        return whole
+    plan = least_plan(ranks, memory.plan(block, settings.lanczos_steps, 1))
+    all_or_none(ranks, lambda: memory.try_out(block, plan))
+    shared = block if ranks.group is None else RankSum(block, ranks.group)
+    return all_or_none(
+        ranks,
+        lambda: estimate_spectrum(
+            shared, steps=plan.steps, seed=seed, basis=plan.basis, until=Settled(shared.size, shared.noise)
+        ),
+    )
