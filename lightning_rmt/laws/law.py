@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-#: Points per interval of the support at which the density is taken for its integrals.
-GRID = 2049
+#: Points per interval of the support at which the density is taken for its integrals. Even, so that no point is the
+#: middle of a symmetric interval: densities may diverge at zero.
+GRID = 2048
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Law(ABC):
 
     Subclasses are frozen dataclasses whose fields are the parameters. They give `support`, `density` and `rvs`, and `atom`
     where there is one; what is an integral over the density follows from these. The integrals are taken on a grid that
-    is dense at both ends of every interval, where densities begin and end like square roots or diverge.
+    is dense at both ends of every interval, where densities begin and end like square roots or diverge, and at zero for
+    laws that ask for it.
     """
 
     @property
@@ -89,26 +91,42 @@ class Law(ABC):
         x, weights = self._quadrature
         return float(weights @ x**k + self.atom * self.atom_location**k)
 
+    @property
+    def _stretch(self) -> float:
+        """Power p of the substitution ``x = sign(t) |t|^p`` under the integrals.
+
+        Above 1 it crowds points at zero, for densities that diverge there; a density like ``|x|^-a`` is integrated well
+        from ``p = 1 / (1 - a)`` inside an interval, from half of that at its end.
+        """
+        return 1.0
+
+    def _places(self, angle: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Points of every interval at these angles from 0 to pi, and ``dx / d angle`` there; both intervals x angles."""
+        # t = (a + b)/2 - (b - a)/2 cos(angle) takes square roots at both ends to sin^2
+        ends = np.array(self.support)
+        ends = np.sign(ends) * np.abs(ends) ** (1 / self._stretch)
+        half, middle = (ends[:, 1:] - ends[:, :1]) / 2, (ends[:, 1:] + ends[:, :1]) / 2
+        t = middle - half * np.cos(angle)
+        slope = half * np.sin(angle) * self._stretch * np.abs(t) ** (self._stretch - 1)
+        return np.sign(t) * np.abs(t) ** self._stretch, slope
+
     @cached_property
+    def _unnormalised(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Points and weights of the midpoint rule over the continuous part; midpoints, since densities may diverge."""
+        x, slope = self._places((np.arange(GRID) + 0.5) * np.pi / GRID)
+        return x.ravel(), (self.density(x) * slope * np.pi / GRID).ravel()
+
+    @property
     def _quadrature(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Points and weights that integrate a function over the continuous part, normalised to its known mass."""
-        points, weights = [], []
-        # x = (a + b)/2 - (b - a)/2 cos t takes square roots at both ends to sin^2 t; midpoints, since densities may diverge
-        angle = (np.arange(GRID) + 0.5) * np.pi / GRID
-        for low, high in self.support:
-            x = (low + high) / 2 - (high - low) / 2 * np.cos(angle)
-            points.append(x)
-            weights.append(self.density(x) * (high - low) / 2 * np.sin(angle) * np.pi / GRID)
-        x, w = np.concatenate(points), np.concatenate(weights)
+        x, w = self._unnormalised
         return x, w * ((1 - self.atom) / w.sum())
 
     @cached_property
     def _cumulative(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ascending points, and the continuous part's mass up to each."""
         _, weights = self._quadrature
-        ends = np.array(self.support)
-        angle = np.arange(GRID + 1) * np.pi / GRID  # the ends of the quadrature's cells
-        cells = (ends[:, :1] + ends[:, 1:]) / 2 - (ends[:, 1:] - ends[:, :1]) / 2 * np.cos(angle)
+        cells, _ = self._places(np.arange(GRID + 1) * np.pi / GRID)  # the ends of the quadrature's cells
         mass = np.concatenate([[0.0], np.cumsum(weights)]).clip(0, 1 - self.atom)
         first = np.arange(len(self.support)) * GRID
         upto = np.concatenate([mass[start : start + GRID + 1] for start in first])
