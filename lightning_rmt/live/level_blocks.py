@@ -17,6 +17,8 @@ from lightning_rmt.live.namespaces import MisconfigurationException
 
 #: Levels of a block that is chosen automatically. 500 tell the GOE from Poisson by more than ten standard errors.
 FEWEST_AUTO, MOST_AUTO = 256, 1024
+#: What it may take, as a share of the rest of the probe.
+TIME_SHARE = 0.5
 #: A block must have this many levels to say anything, and is decomposed densely up to this many.
 FEWEST, MOST = 50, 4096
 

@@ -19,14 +19,19 @@ from lightning_rmt.curvature.parameters import select_parameters
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence.enclosure import enclose
-from lightning_rmt.live.level_blocks import FEWEST, FEWEST_AUTO, MOST_AUTO, LevelBlock, named_block, nearest_block
+from lightning_rmt.live.level_blocks import (
+    FEWEST,
+    FEWEST_AUTO,
+    MOST_AUTO,
+    TIME_SHARE,
+    LevelBlock,
+    named_block,
+    nearest_block,
+)
 from lightning_rmt.live.loss import curvature_loss
 from lightning_rmt.live.memory import SHARE, free_bytes
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import Learned, ProbeSettings
-
-#: What the blocks that are chosen automatically may take, as a share of the rest of the probe.
-TIME_SHARE = 0.5
 
 T = TypeVar("T")
 

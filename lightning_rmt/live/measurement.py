@@ -16,6 +16,7 @@ from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.krylov.lanczos import Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
+from lightning_rmt.live.announcement import announcement
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
@@ -26,7 +27,7 @@ from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import unsharded
-from lightning_rmt.probe import Forecast, Measurement, Until, measure
+from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
 
@@ -148,7 +149,7 @@ def measure_live(
                     check=check,
                     basis=basis,
                     until=_rule(shared, light),
-                    on_forecast=lambda cost: rank_zero_info(_announcement(settings.name, cost, memory)),
+                    on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory)),
                     on_step=on_step,
                 )
             except Exception:
@@ -193,14 +194,6 @@ def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Unt
         1 if operator.noise <= rounding_noise(operator.dtype) else 4
     )  # what imprecise products miss is no small error
     return CertifiedEnds(operator.size, operator.noise, top=light.top, bottom=light.bottom, confirm=confirm)
-
-
-def _announcement(name: str, cost: Forecast, memory: Memory) -> str:
-    mebi = [count / 2**20 for count in (cost.basis_bytes + memory.graphs, cost.basis_bytes, memory.graphs)]
-    return (
-        f"SpectrumMonitor {name!r}: the first probe takes at most {cost.products} products, about {cost.seconds:.2g} s, and "
-        f"{mebi[0]:.2g} MiB ({mebi[1]:.2g} for its basis, {mebi[2]:.2g} for graphs) of {memory.free / 2**20:.0f} MiB free"
-    )
 
 
 def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:

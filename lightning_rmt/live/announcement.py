@@ -1,0 +1,46 @@
+"""What a monitor says of its first probe before it takes it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_rmt.curvature.double_precision import double_bytes
+from lightning_rmt.live.level_blocks import MOST_AUTO, TIME_SHARE, named_block
+from lightning_rmt.live.memory import Memory
+from lightning_rmt.live.settings import ProbeSettings
+from lightning_rmt.probe import Forecast
+
+_MEBI = 2**20
+
+
+def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, memory: Memory) -> str:
+    """The cost of the first probe in words: products, seconds, memory.
+
+    Args:
+        module: the LightningModule.
+        settings: with the groups and the exact blocks that are wanted on top of the spectrum.
+        cost: of the spectrum.
+        memory: what its graphs take, and what is free.
+    """
+    each = cost.seconds / max(cost.products, 1)
+    products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps
+    held = cost.basis_bytes + memory.graphs
+    said = (
+        f"SpectrumMonitor {settings.name!r}: the first probe takes at most {products} products, about "
+        f"{products * each:.2g} s, and {held / _MEBI:.2g} MiB ({cost.basis_bytes / _MEBI:.2g} for its basis, "
+        f"{memory.graphs / _MEBI:.2g} for graphs) of {memory.free / _MEBI:.0f} MiB free"
+    )
+    if settings.levels is None:
+        return said
+    copy = double_bytes(module.modules())
+    if settings.levels == "auto":
+        rows, limit = MOST_AUTO, f"at most {TIME_SHARE:g} times as long"
+    else:
+        blocks = [named_block(module, pattern, settings.parameters) for pattern in settings.levels]
+        sizes = [sum(part.size for part in block.slices(module)) for block in blocks]
+        rows = max(sizes)
+        limit = f"{sum(sizes) * settings.batches} rows, each no dearer than a product in float64"
+    return (
+        f"{said}; then level statistics from the exact Hessian of up to {rows} parameters ({limit}, "
+        f"{(copy + 4 * 8 * rows**2) / _MEBI:.2g} MiB after the rest is freed)"
+    )
