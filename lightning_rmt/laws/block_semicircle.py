@@ -96,7 +96,10 @@ class BlockSemicircle(Law):
         if first < second:  # the integral is convex in the gap, so it falls below 1/a on one interval or not at all
             gap = second - first
             middle = minimize_scalar(
-                excess, bounds=(first + 1e-12 * gap, second - 1e-12 * gap), method="bounded", options={"xatol": 1e-9 * gap}
+                excess,
+                bounds=(first + 1e-12 * gap, second - 1e-12 * gap),
+                method="bounded",
+                options={"xatol": 1e-9 * gap},
             ).x
             if excess(middle) < 0:
                 return ((outer[0], edge(first, middle)), (edge(second, middle), outer[1]))

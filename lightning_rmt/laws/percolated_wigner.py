@@ -78,7 +78,9 @@ class PercolatedWigner(Law):
             NoFitError: the bulk has no mass at zero (then this is the semicircle), or nothing else.
         """
         if not 0 < bulk.zero_mass < 1:
-            raise NoFitError(f"site percolation leaves a mass between 0 and 1 at zero, the bulk has {bulk.zero_mass:.3g}")
+            raise NoFitError(
+                f"site percolation leaves a mass between 0 and 1 at zero, the bulk has {bulk.zero_mass:.3g}"
+            )
         if not bulk.continuous.k2 > 0:
             raise NoFitError(f"a semicircle has a positive variance, the bulk off zero has {bulk.continuous.k2:.3g}")
         p = 1 - bulk.zero_mass
