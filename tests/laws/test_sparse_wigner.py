@@ -16,8 +16,10 @@ ATOMS = [(0.5, 0.6544), (1.0, 0.4559), (2.0, 0.2161), (3.0, 0.0723), (5.0, 0.007
 def test_a_simulated_matrix_has_the_law(degree, atom):
     law = SparseWigner(degree, 2.0)
     assert law.atom == pytest.approx(atom, abs=5e-5)
-    levels = law.rvs(2000, np.random.default_rng(0))
-    assert (levels == 0).mean() == pytest.approx(atom, abs=0.01)
+    rng = np.random.default_rng(0)
+    levels = law.rvs(2000, rng)
+    # one matrix of size 2000 has an atom off by 0.005 or 0.01; the mean over ten of size 1000 is the check
+    assert np.mean([law.rvs(1000, rng) == 0 for _ in range(10)]) == pytest.approx(atom, abs=0.006)
     assert kolmogorov(levels, law) < 0.02
     assert kolmogorov(levels, Semicircle(4.0)) > 0.03  # negative control: the dense law
 
@@ -62,7 +64,7 @@ def test_the_law_is_the_same_every_time():
 
 @pytest.mark.parametrize("degree", [1.0, 2.0, 5.0])
 def test_the_parameters_come_back(degree):
-    """From the mean over eight matrices: the fourth moment of one of size 2000 is known to 3-5 % only."""
+    """From the mean over 32 matrices: the degree of one of size 2000 comes back within 15 % only, its kurtosis fluctuates."""
     rng = np.random.default_rng(0)
     levels = np.concatenate([SparseWigner(degree, 2.0).rvs(1000, rng) for _ in range(32)])
     fit = SparseWigner.from_bulk(bulk_of(levels))
