@@ -64,7 +64,7 @@ def test_the_law_is_the_same_every_time():
 
 @pytest.mark.parametrize("degree", [1.0, 2.0, 5.0])
 def test_the_parameters_come_back(degree):
-    """From the mean over 32 matrices: the degree of one of size 2000 comes back within 15 % only, its kurtosis fluctuates."""
+    """From the mean over 32 matrices: the degree of one of size 2000 comes back within 15 % only."""
     rng = np.random.default_rng(0)
     levels = np.concatenate([SparseWigner(degree, 2.0).rvs(1000, rng) for _ in range(32)])
     fit = SparseWigner.from_bulk(bulk_of(levels))
