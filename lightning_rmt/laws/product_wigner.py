@@ -101,7 +101,7 @@ class ProductWigner(Law):
         x = rng.standard_normal((size, k)) / math.sqrt(size)
         w = rng.standard_normal((k, k))
         w = (w + w.T) * (self.scale / math.sqrt(2 * k))
-        if k < size:  # the eigenvalues other than zero are those of R W R' with X = Q R
-            r = np.linalg.qr(x, mode="r")
-            return np.sort(np.concatenate([np.zeros(size - k), np.linalg.eigvalsh(r @ w @ r.T)]))
+        if k < size:  # the eigenvalues other than zero are those of L' W L with X' X = L L'
+            lower = np.linalg.cholesky(x.T @ x)
+            return np.sort(np.concatenate([np.zeros(size - k), np.linalg.eigvalsh(lower.T @ w @ lower)]))
         return np.asarray(np.linalg.eigvalsh(x @ w @ x.T))

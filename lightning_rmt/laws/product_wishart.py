@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -156,7 +157,7 @@ class ProductWishart(Law):
         """Eigenvalues of one simulated matrix, ascending; the other dimensions keep their proportion to ``size``."""
         dims = [size, *(max(1, round(size * d / self.dims[0])) for d in self.dims[1:])]
         product = rng.standard_normal((size, dims[1]))
-        for rows, columns in zip(dims[1:], dims[2:], strict=False):
+        for rows, columns in pairwise(dims[1:]):
             product = product @ rng.standard_normal((rows, columns)) / math.sqrt(rows)
         gram = product @ product.T if size <= dims[-1] else product.T @ product
         levels = np.linalg.eigvalsh(gram)[len(gram) - min(dims) :].clip(0) * (self.scale / dims[-1])
