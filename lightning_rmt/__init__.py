@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_rmt.curvature.gauss_newton import GaussNewton as GaussNewton
     from lightning_rmt.curvature.gradient_covariance import GradientCovariance as GradientCovariance
     from lightning_rmt.curvature.hessian import Hessian as Hessian
+    from lightning_rmt.levels.statistics import LevelStatistics as LevelStatistics
+    from lightning_rmt.levels.statistics import level_statistics as level_statistics
     from lightning_rmt.probe import estimate_spectrum as estimate_spectrum
     from lightning_rmt.reading import Reading as Reading
     from lightning_rmt.spectra.spectrum import Spectrum as Spectrum
@@ -31,6 +33,8 @@ _HOME = {
     "Spectrum": "spectra.spectrum",
     "Estimate": "spectra.spectrum",
     "Level": "spectra.spectrum",
+    "level_statistics": "levels.statistics",
+    "LevelStatistics": "levels.statistics",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -1,0 +1,121 @@
+"""Spacings in units of their local mean.
+
+The density of a Hessian block varies over four decades and more, so that the textbook's way, a polynomial through the
+counting function, is hopeless: on GOE levels spread over four decades it rejects GOE always. What varies smoothly is the
+*logarithm of the spacing as a function of the rank*: near either end, spacings go like a power of the rank counted from
+there (-1/3 at a soft edge, 1 at a hard edge, ``-a - 1`` for eigenvalues that fall like ``rank^-a``), so that their
+logarithm is linear in ``log i`` and ``log (n + 1 - i)``. `unfold` fits that, plus a parabola in the rank, by maximum
+likelihood for exponential spacings (a consistent fit of the mean whatever the spacings' distribution: Gourieroux,
+Monfort and Trognon 1984), and what is left it divides by the running mean over 21 spacings.
+
+Rejection rates at a nominal 5 % by the Anderson-Darling statistic, null simulated with the same procedure, over 800 spectra
+of k = 50, 800 of k = 100 and 400 of k = 400 levels. The first six are GOE levels, mapped; the last two aren't GOE, and
+their rate is at a nominal 1 %:
+
+=========================  ==================  ==================  ==================  ==================
+k = 50 / 100 / 400         polynomial          polynomial in log   running mean of 15  this
+=========================  ==================  ==================  ==================  ==================
+whole GOE, with edges      .20  / .04  / .04   .20  / .04  / .04   .10  / .05  / .05   .05  / .04  / .05
+Marchenko-Pastur c = 1/2   .19  / .05  / .06   .08  / .06  / .08   .07  / .06  / .06   .05  / .06  / .05
+rank^-a over 4 decades     1    / 1    / 1     1    / .09  / .99   1    / 1    / .74   .06  / .06  / .07
+log-uniform, 4 decades     1    / 1    / 1     .05  / .05  / .03   .86  / .15  / .03   .04  / .03  / .05
+three heaps, 6 decades     1    / 1    / 1     1    / 1    / 1     1    / 1    / .56   .06  / .05  / .07
+Student t2, both signs     1    / 1    / 1     1    / 1    / 1     1    / 1    / .76   .07  / .05  / .05
+Poisson                    1.00 / 1    / 1     1    / 1    / 1     1.00 / 1    / 1     .99  / 1    / 1
+two independent GOE        .76  / .97  / 1     .77  / .97  / 1     .75  / .96  / 1     .73  / .95  / 1
+=========================  ==================  ==================  ==================  ==================
+
+(polynomial: of the counting function, degree ``min(5, k / 20)``; without the running mean, "this" rejects three heaps at .08
+for k = 400 and .18 for k = 2000, with it at .02.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Spacings on either side of the running mean.
+HALF_WINDOW = 10
+#: Largest change of a log mean in one step of the fit, and the change at which it has converged.
+_LARGEST_STEP, _CONVERGED = 2.0, 1e-6
+#: Steps of the fit; some ten are needed.
+_STEPS = 50
+
+
+def unfold(levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spacings of consecutive levels over their local mean.
+
+    Invariant under scaling, and under a shift as long as the levels have both signs. Levels of one sign are taken by
+    their logarithms, which makes a heavy tail milder; that isn't invariant under a shift.
+
+    Args:
+        levels: shape (k,), ascending without ties, k at least 20.
+
+    Returns:
+        Shape (k - 1,), mean 1.
+    """
+    return _by_running_mean(unfold_trend(levels))
+
+
+def unfold_trend(levels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As `unfold`, without the running mean: for statistics over many spacings, which a running mean would flatten."""
+    if levels[0] > 0:
+        levels = np.log(levels)
+    elif levels[-1] < 0:
+        levels = -np.log(-levels)
+    spacings = np.diff(levels)
+    relative = spacings / np.exp(_log_mean(spacings))
+    return np.asarray(relative / relative.mean())
+
+
+def _log_mean(spacings: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithm of the mean spacing by rank: Newton's method for ``sum log mu + s / mu``."""
+    n = spacings.size
+    rank = np.arange(1.0, n + 1)
+    center = (2 * rank - n - 1) / n
+    basis = np.linalg.qr(np.stack([np.ones(n), np.log(rank), np.log(n + 1 - rank), center, center**2], axis=1))[0]
+    coefficients = basis.T @ np.log(np.maximum(spacings, np.finfo(np.float64).tiny))
+    for _ in range(_STEPS):
+        relative = np.exp(np.clip(np.log(spacings) - basis @ coefficients, -700, 700))
+        curvature = basis.T @ (basis * relative[:, None]) + 1e-9 * np.eye(basis.shape[1])
+        step = np.linalg.solve(curvature, basis.T @ (relative - 1))
+        change = float(np.abs(basis @ step).max())
+        coefficients += step * min(1.0, _LARGEST_STEP / max(change, _CONVERGED))
+        if change < _CONVERGED:
+            break
+    return np.asarray(basis @ coefficients)
+
+
+def _by_running_mean(spacings: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the mean of the 21 spacings around each; at the ends, of the first or last 21."""
+    n = spacings.size
+    width = min(2 * HALF_WINDOW + 1, n)
+    total = np.append(0.0, np.cumsum(spacings))
+    start = np.clip(np.arange(n) - HALF_WINDOW, 0, n - width)
+    relative = spacings * width / (total[start + width] - total[start])
+    return np.asarray(relative / relative.mean())
+
+
+def pooled_unfold(spectra: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """Spacings of some spectra in the mean counting function of others ("Algorithm A" of Baskerville et al. 2021).
+
+    The first third of the spectra is unfolded by the other p: a level e goes to ``#{levels of the others < e} / p``. The
+    mean spacing comes out at 1, the resolution is 1 / p. It assumes that all spectra are independent and have one density:
+    a batch whose Hessian is larger by a factor is unfolded wrongly.
+
+    Args:
+        spectra: at least 3, each of shape (k,), ascending.
+
+    Returns:
+        For each of the first third, spacings of shape (k - 1,).
+
+    Raises:
+        ValueError: fewer than 3 spectra.
+    """
+    if len(spectra) < 3:
+        raise ValueError(f"pooled unfolding needs at least 3 spectra, got {len(spectra)}")
+    third = len(spectra) // 3
+    pool = np.sort(np.concatenate(spectra[third:]))
+    return [np.diff(np.searchsorted(pool, levels)) / (len(spectra) - third) for levels in spectra[:third]]
