@@ -98,6 +98,8 @@ class MarchenkoPastur(Law):
     def _with_cumulants(cls, of: FreeCumulantsOf) -> MarchenkoPastur:
         if not of.k1 > 0:
             raise NoFitError(f"a sample covariance matrix has a positive mean eigenvalue, this bulk has {of.k1:.4g}")
+        if not of.k2 > 0:
+            raise NoFitError(f"a Marchenko-Pastur law has a positive variance, this bulk has {of.k2:.4g}")
         return cls(of.k2 / of.k1**2, of.k1)
 
 
