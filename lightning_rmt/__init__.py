@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_rmt.curvature.gauss_newton import GaussNewton as GaussNewton
     from lightning_rmt.curvature.gradient_covariance import GradientCovariance as GradientCovariance
     from lightning_rmt.curvature.hessian import Hessian as Hessian
+    from lightning_rmt.laws.ranking import rank_laws as rank_laws
+    from lightning_rmt.levels.edge import edge_statistics as edge_statistics
     from lightning_rmt.levels.statistics import LevelStatistics as LevelStatistics
     from lightning_rmt.levels.statistics import level_statistics as level_statistics
     from lightning_rmt.probe import estimate_spectrum as estimate_spectrum
@@ -33,6 +35,8 @@ _HOME = {
     "Spectrum": "spectra.spectrum",
     "Estimate": "spectra.spectrum",
     "Level": "spectra.spectrum",
+    "edge_statistics": "levels.edge",
+    "rank_laws": "laws.ranking",
     "level_statistics": "levels.statistics",
     "LevelStatistics": "levels.statistics",
 }

@@ -5,9 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from lightning_rmt.laws.bulk import BulkMoments, NoFitError
+from lightning_rmt.spectra.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from lightning_rmt.laws.fit import Fit
 
 #: Points per interval of the support at which the density is taken for its integrals. Even, so that no point is the
 #: middle of a symmetric interval: densities may diverge at zero.
@@ -90,6 +97,26 @@ class Law(ABC):
             raise ValueError(f"moments have orders from 0, got {k}")
         x, weights = self._quadrature
         return float(weights @ x**k + self.atom * self.atom_location**k)
+
+    @classmethod
+    def from_bulk(cls, bulk: BulkMoments) -> Law:
+        """The member of the family with these free cumulants.
+
+        Raises:
+            NoFitError: there is none; the message says why. So do families without a fit.
+        """
+        raise NoFitError(f"{cls.__name__} has no fit by free cumulants")
+
+    @classmethod
+    def fit(cls, spectrum: Spectrum) -> Fit:
+        """Fits the family to the bulk of a measured spectrum.
+
+        Raises:
+            NoFitError: no member has the bulk's free cumulants, or the bulk can't be fitted at all; the message says why.
+        """
+        from lightning_rmt.laws.fitting import Measured, fit_law  # it needs this class
+
+        return fit_law(cls, Measured(spectrum))
 
     @property
     def _stretch(self) -> float:

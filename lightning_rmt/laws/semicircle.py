@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_rmt.laws.bulk import BulkMoments, NoFitError
 from lightning_rmt.laws.law import Law
 
 
@@ -64,3 +65,14 @@ class Semicircle(Law):
         scale = self.radius / 2 / math.sqrt(size)
         levels = eigvalsh_tridiagonal(rng.normal(0, math.sqrt(2), size) * scale, chi * scale, lapack_driver="sterf")
         return np.asarray(self.center + levels)
+
+    @classmethod
+    def from_bulk(cls, bulk: BulkMoments) -> Semicircle:
+        """The member with the mean and variance of the bulk without its atom at zero.
+
+        Raises:
+            NoFitError: the variance isn't positive.
+        """
+        if not bulk.continuous.k2 > 0:
+            raise NoFitError(f"a semicircle has a positive variance, this bulk has {bulk.continuous.k2:.4g}")
+        return cls(2 * math.sqrt(bulk.continuous.k2), bulk.continuous.k1)

@@ -44,8 +44,8 @@ class LevelStatistics:
     """How neighbouring eigenvalues are spaced. A number that can't be had honestly is None, and ``notes`` say why.
 
     Attributes:
-        spacing_ratio: mean of ``min(s, s') / max(s, s')`` over neighbouring spacings: .5307 for large GOE matrices, .3863 for
-            independent levels.
+        spacing_ratio: mean of ``min(s, s') / max(s, s')`` over neighbouring spacings: .5307 for large GOE matrices,
+            .3863 for independent levels.
         stderr: its standard error as estimated from these ratios, their correlation with their neighbours and between
             spectra included.
         z_goe: ``(spacing_ratio - .5307) / (.308 / sqrt(m))``, m the effective number of ratios; None below 50 levels.
@@ -114,7 +114,8 @@ class LevelStatistics:
         missing = known - {"notes"} - set(plain)
         if missing:
             raise ValueError(f"these are not saved level statistics: {', '.join(sorted(missing))} missing")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain.items() if key in known})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k in known}
+        return cls(**values)
 
 
 def level_statistics(
@@ -233,7 +234,9 @@ def _distribution(cuts: Sequence[Cut]) -> tuple[dict[str, Any], tuple[str, ...]]
         "anderson_darling": float(np.median([anderson_darling(np.concatenate(parts)) for parts in spectra])),
     }
     notes = []
-    tested = [(np.concatenate(parts), cut.kept) for parts, cut in zip(spectra, [c for c in cuts if c.runs], strict=True)]
+    tested = [
+        (np.concatenate(parts), cut.kept) for parts, cut in zip(spectra, [c for c in cuts if c.runs], strict=True)
+    ]
     tested = [(spacings, k) for spacings, k in tested if null.in_table(k)]
     if tested:
         found["p_value"] = max(

@@ -9,8 +9,8 @@ from typing import Literal
 from lightning_rmt.levels.spacings import GOE_RATIO, GOE_RATIO_SD
 
 #: ``repel``: as GOE levels do, unlike independent ones. ``no_repulsion``: as independent levels, or as four and more blocks
-#: laid over each other. ``intermediate``: neither. ``regular``: more evenly spaced than GOE. ``insufficient``: too few levels
-#: to tell. ``degenerate``: too many collapsed pairs.
+#: laid over each other. ``intermediate``: neither. ``regular``: more evenly spaced than GOE. ``insufficient``: too few
+#: levels to tell. ``degenerate``: too many collapsed pairs.
 VerdictKind = Literal["repel", "no_repulsion", "intermediate", "regular", "insufficient", "degenerate"]
 
 #: Fewest levels for a verdict: with 50, three Poisson spectra in four are told from GOE.

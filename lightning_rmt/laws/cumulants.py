@@ -1,0 +1,100 @@
+"""Free cumulants of a measured bulk, and how each eigenvalue moves them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_rmt.laws.bulk import BulkMoments, FreeCumulantsOf, NoFitError
+from lightning_rmt.spectra.bulk import Bulk
+
+#: A law isn't fitted to fewer nodes.
+FEWEST_NODES = 8
+
+
+def free_cumulants_of(m1: float, m2: float, m3: float, m4: float) -> FreeCumulantsOf:
+    """Free cumulants of moments (Nica and Speicher 2006, lecture 11)."""
+    return FreeCumulantsOf(
+        k1=m1,
+        k2=m2 - m1**2,
+        k3=m3 - 3 * m1 * m2 + 2 * m1**3,
+        k4=m4 - 4 * m1 * m3 - 2 * m2**2 + 10 * m1**2 * m2 - 5 * m1**4,
+    )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Origin and unit in which moments are taken: those of the bulk off zero, so that nothing cancels.
+
+    Attributes:
+        center: mean.
+        unit: standard deviation.
+    """
+
+    center: float
+    unit: float
+
+    def cumulants(self, moments: NDArray[np.float64]) -> FreeCumulantsOf:
+        """Free cumulants in the operator's units, from moments 1 to 4 in this frame."""
+        of = free_cumulants_of(*(float(m) for m in moments))
+        s = self.unit
+        return FreeCumulantsOf(self.center + s * of.k1, s**2 * of.k2, s**3 * of.k3, s**4 * of.k4)
+
+    def powers(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Powers 1 to 4 of points in this frame, shape (4, j)."""
+        y = (x - self.center) / self.unit
+        return np.stack([y, y**2, y**3, y**4])
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredMoments:
+    """Five numbers that say all that a fit uses: moments 1 to 4 off zero, in their frame, and the mass at zero.
+
+    Attributes:
+        bulk: what was measured.
+        frame: their origin and unit.
+        values: shape (5,).
+    """
+
+    bulk: Bulk
+    frame: Frame
+    values: NDArray[np.float64]
+
+    def moments(self, values: NDArray[np.float64] | None = None) -> BulkMoments:
+        """What families are fitted to, of these values or of others near them."""
+        of = self.values if values is None else values
+        zero = float(of[4]) if self.bulk.zero_mass > 0 else 0.0
+        origin = self.frame.powers(np.zeros(1))[:, 0]
+        whole = self.frame.cumulants((1 - zero) * of[:4] + zero * origin)
+        return BulkMoments(whole, self.frame.cumulants(of[:4]), zero)
+
+    def influences(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How much each value moves with the mass of an eigenvalue at x, shape (5, j): the mean of this is zero."""
+        zero = self.bulk.is_zero(x)
+        off = (self.frame.powers(x) - self.values[:4, None]) * ~zero / (1 - self.bulk.zero_mass)
+        return np.concatenate([off, (zero - self.bulk.zero_mass)[None, :]])
+
+
+def measured_moments(bulk: Bulk) -> MeasuredMoments:
+    """Takes the moments of a bulk.
+
+    Raises:
+        NoFitError: the bulk has too few nodes off zero, or no width, or isn't finite.
+    """
+    nodes, weights = bulk.pooled(zeros=False)
+    if not (np.isfinite(nodes).all() and np.isfinite(weights).all()):
+        raise NoFitError("the bulk holds values that are not finite")
+    longest = max((int((~bulk.is_zero(x)).sum()) for x in bulk.nodes), default=0)
+    if longest < FEWEST_NODES:
+        raise NoFitError(
+            f"the bulk has {longest} nodes off zero; a law needs at least {FEWEST_NODES}: more Lanczos steps"
+        )
+    center = float(weights @ nodes)
+    unit = math.sqrt(float(weights @ (nodes - center) ** 2))
+    if not unit > 1e-12 * float(np.abs(nodes).max()):
+        raise NoFitError(f"the bulk has no width: it is one value, {center:.4g}")
+    frame = Frame(center, unit)
+    return MeasuredMoments(bulk, frame, np.append(frame.powers(nodes) @ weights, bulk.zero_mass))

@@ -1,0 +1,107 @@
+"""Which of several laws a measured bulk can be told from, and which it can't."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_rmt.laws.bulk import NoFitError
+from lightning_rmt.laws.fit import Fit
+from lightning_rmt.laws.fitting import Measured, fit_law
+from lightning_rmt.laws.law import Law
+from lightning_rmt.laws.marchenko_pastur import MarchenkoPastur
+from lightning_rmt.laws.semicircle import Semicircle
+from lightning_rmt.laws.wishart_plus_wigner import WishartPlusWigner
+from lightning_rmt.spectra.spectrum import Spectrum
+
+#: Families that are tried unless others are asked for.
+FAMILIES: tuple[type[Law], ...] = (Semicircle, MarchenkoPastur, WishartPlusWigner)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Fits of several families to one bulk.
+
+    Attributes:
+        fits: nearest first.
+        refused: family name and reason, for the families that have no member to fit.
+    """
+
+    fits: tuple[Fit, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def simplest(self) -> Fit | None:
+        """The law with the fewest parameters among those that the bulk can't be told from; the nearest of them in a tie.
+
+        None where every law is told from the bulk: the first of the fits is then only the nearest. Families are
+        nested (a sum of covariance and Wigner matrix comes as near as one likes to either alone), so that a richer one is
+        nearer by a little whatever the truth; distances below the floor don't count.
+        """
+        fitting = [fit for fit in self.fits if fit.word == "indistinguishable"]
+        return min(fitting, key=lambda fit: (len(fit.parameters), fit.distance), default=None)
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = [("law", "distance", "/ floor", "bounds z", "verdict")]
+        simplest = self.simplest
+        for fit in self.fits:
+            told = ", ".join(f"{k} {e.mean:.3g} +- {e.stderr:.1g}" for k, e in fit.parameters.items())
+            rows.append(
+                (
+                    f"{type(fit.law).__name__}({told})",
+                    f"{fit.distance:.4f} +- {fit.stderr:.4f}",
+                    f"{fit.relative:.2f}",
+                    f"{fit.exclusion_z:.1f}",
+                    fit.word + (", simplest such" if fit is simplest else ""),
+                )
+            )
+        rows += [(name, "", "", "", f"no fit: {reason}") for name, reason in self.refused]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
+        if self.fits:
+            fit = self.fits[0]
+            lines.append(
+                f"resolution 1/{fit.steps}, n = {fit.size}, probes {fit.probes}, outliers {fit.removed_outliers}"
+            )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"fits": [fit.to_dict() for fit in self.fits], "refused": [list(pair) for pair in self.refused]}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Ranking:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: entries are missing or damaged.
+        """
+        try:
+            refused = tuple((str(name), str(reason)) for name, reason in saved["refused"])
+            return cls(tuple(Fit.from_dict(one) for one in saved["fits"]), refused)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this saved ranking is damaged: {error}") from error
+
+
+def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = FAMILIES) -> Ranking:
+    """Fits every family to the bulk of a spectrum.
+
+    A density can't tell all families apart, whatever the number of steps: a Marchenko-Pastur law of ratio 1.25 is much like
+    one of ratio 0.5 beside zeros; a semicircle like a sum of a Wigner matrix and a covariance matrix of small phi. Within
+    the floor no distance means anything, so `Ranking.simplest` goes by the number of parameters there.
+
+    Args:
+        spectrum: the measured spectrum.
+        families: classes of laws.
+    """
+    measured = Measured(spectrum)
+    fits: list[Fit] = []
+    refused: list[tuple[str, str]] = []
+    for family in families:
+        try:
+            fits.append(fit_law(family, measured))
+        except NoFitError as error:
+            refused.append((family.__name__, str(error)))
+    return Ranking(tuple(sorted(fits, key=lambda fit: fit.distance)), tuple(refused))
