@@ -28,7 +28,7 @@ def free_cumulant_figure(history: Sequence[HistoryEntry]) -> Figure:
     """
     entries = sorted({entry.step: entry for entry in history if entry.free_skew and entry.free_kurtosis}.items())
     figure = style.new_figure(6.4, 4.1)
-    axes = figure.add_axes((0.115, 0.125, 0.735, 0.785))
+    axes = figure.add_axes((0.115, 0.125, 0.715, 0.785))
     style.dress(axes)
     axes.set_xlabel(r"free skewness  $\kappa_3 / \kappa_2^{3/2}$", size=style.LABEL_SIZE)
     axes.set_ylabel(r"free kurtosis  $\kappa_4 / \kappa_2^2$", size=style.LABEL_SIZE)
@@ -51,8 +51,8 @@ def free_cumulant_figure(history: Sequence[HistoryEntry]) -> Figure:
     )
     axes.plot(skew[:, 0], kurtosis[:, 0], color=style.FAINT, linewidth=0.8, zorder=2)
     points = axes.scatter(skew[:, 0], kurtosis[:, 0], c=steps, cmap="viridis", s=22, zorder=3, linewidths=0)
-    colours = figure.colorbar(points, cax=figure.add_axes((0.87, 0.125, 0.022, 0.785)))
-    colours.set_label("step", size=style.LABEL_SIZE)
+    colours = figure.colorbar(points, cax=figure.add_axes((0.85, 0.125, 0.022, 0.74)))
+    colours.ax.set_title("step", size=style.LABEL_SIZE, loc="left")
     colours.ax.tick_params(labelsize=style.TICK_SIZE)
     colours.outline.set_visible(False)
     axes.legend(

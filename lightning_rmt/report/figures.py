@@ -131,8 +131,7 @@ def _draw_law(axes: Axes, reading: Reading, axis: style.EigenvalueAxis) -> None:
     share = (1 - fit.removed_outlier_mass) * (1 - fit.removed_zero_mass)
     density = share * fit.law.density(x)
     shown = np.where(density > 0, density, np.nan)
-    label = f"{law_name(fit)}: {fit.word}"
-    axes.plot(x, shown, color=style.INK, linewidth=1.1, linestyle=(0, (4, 1.5)), label=label)
+    axes.plot(x, shown, color=style.INK, linewidth=1.1, linestyle=(0, (4, 1.5)), label=law_name(fit))
 
 
 def _draw_atoms(axes: Axes, spectrum: Spectrum) -> None:
@@ -218,7 +217,7 @@ def _write_legend(figure: Figure, axes: Axes, probes: int) -> None:
         labels,
         loc="lower left",
         bbox_to_anchor=(0.008, 3.14 / _HEIGHT),
-        ncols=len(handles) if len(handles) <= 4 else 3,
+        ncols=3,
         frameon=False,
         fontsize=style.LEGEND_SIZE,
         borderaxespad=0.0,
