@@ -54,6 +54,7 @@ def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every:
         file_format: ``"png"``, ``"pdf"`` or ``"svg"``.
         every: draw the spectrum of every so many full readings besides the first and the last; None: about six in all.
     """
+    from lightning_rmt.report.cumulant_figure import free_cumulant_figure
     from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure, spectrum_figure
     from lightning_rmt.report.history import HistoryEntry
 
@@ -64,6 +65,7 @@ def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every:
     figures = {f"spectrum_step_{full[i].step:08d}": spectrum_figure(full[i]) for i in chosen}
     if full:
         figures["spectrum_over_time"] = heat_map_figure(history)
+        figures["free_cumulants"] = free_cumulant_figure(history)
     figures["eigenvalues_over_time"] = outliers_over_time_figure(history)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lightning_rmt.laws.ranking import Ranking, rank_laws
 from lightning_rmt.levels.block import BlockLevels
+from lightning_rmt.levels.edge import edge_statistics
+from lightning_rmt.levels.statistics import LevelStatistics
 from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -77,6 +81,26 @@ class Reading:
         """
         unknown = self.light and not self.spectrum.lambda_max.certified
         return None if self.learning_rate is None or unknown else self.spectrum.lambda_max.value * self.learning_rate
+
+    @cached_property
+    def laws(self) -> Ranking:
+        """Limiting laws fitted to the bulk of the spectrum, nearest first; see `rank_laws`."""
+        return rank_laws(self.spectrum)
+
+    @cached_property
+    def level_statistics(self) -> dict[str, LevelStatistics]:
+        """Level statistics by scope: the exact blocks, and the certified runs at the ends of the whole spectrum.
+
+        A run of certified eigenvalues counts once it has enough of them, and only where products are exact: see
+        `edge_statistics`.
+        """
+        found = {block.name: block.statistics for block in self.levels}
+        if not self.light and self.product == "exact":
+            for side, name in (("high", "edge_top"), ("low", "edge_bottom")):
+                edge = edge_statistics(self.spectrum, side)
+                if isinstance(edge, LevelStatistics):
+                    found[name] = edge
+        return found
 
     def save(self, path: str | Path) -> None:
         """Writes the reading to ``path`` as .npz (plain arrays and JSON, no pickle); ``Spectrum.load`` reads it too."""

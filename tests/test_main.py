@@ -22,6 +22,8 @@ class Diagonal:
     def matmat(self, V):
         return V * self.eigenvalues
 
+OVER_TIME = ("spectrum_over_time", "free_cumulants", "eigenvalues_over_time")
+
 
 def reading(step, name="rmt"):
     operator = Diagonal(3.0 + step / 100)
@@ -49,6 +51,7 @@ def test_draws_the_run_and_prints_its_table(run_directory, capsys):
     assert pictures == {
         *(f"spectrum_step_{step:08d}.png" for step in (0, 300, 600, 900, 1000)),
         "spectrum_over_time.png",
+        "free_cumulants.png",
         "eigenvalues_over_time.png",
     }
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
@@ -62,7 +65,7 @@ def test_every_monitor_is_drawn_unless_one_is_named(run_directory, tmp_path, cap
     assert main(["plot", str(run_directory), "--output", str(tmp_path), "--format", "svg", "--every", "100"]) == 0
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.svg")} == {
         *(f"rmt/{name}.svg" for name in ("spectrum_step_00000000", "spectrum_step_00001000")),
-        *(f"{m}/{name}.svg" for m in ("rmt", "ggn") for name in ("spectrum_over_time", "eigenvalues_over_time")),
+        *(f"{m}/{name}.svg" for m in ("rmt", "ggn") for name in OVER_TIME),
         "ggn/spectrum_step_00000007.svg",
     }
     assert (tmp_path / "rmt" / "spectrum_over_time.svg").read_text().lstrip().startswith("<?xml")

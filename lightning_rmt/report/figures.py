@@ -11,7 +11,16 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.report import style
 from lightning_rmt.report.history import HistoryEntry, LogMasses
 from lightning_rmt.report.time_figures import heat_map_figure, outliers_over_time_figure
-from lightning_rmt.report.wording import number, operator_words, outlier_words, typeset, with_error
+from lightning_rmt.report.wording import (
+    law_name,
+    law_words,
+    level_words,
+    number,
+    operator_words,
+    outlier_words,
+    typeset,
+    with_error,
+)
 from lightning_rmt.spectra.spectrum import Atom, Spectrum
 
 if TYPE_CHECKING:
@@ -20,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["heat_map_figure", "outliers_over_time_figure", "pixels", "spectrum_figure"]
 
+_HEIGHT = 4.6
+"""Of the spectrum's figure, in inches."""
 _SAMPLES = 900
 _Y_DECADES = 9  # at most; below that lie densities of far less than one eigenvalue
 
@@ -37,8 +48,8 @@ def spectrum_figure(reading: Reading) -> Figure:
     spectrum = reading.spectrum
     if reading.light:
         raise ValueError(f"the reading of step {reading.step} is a light one, which has no density to draw")
-    figure = style.new_figure(6.4, 4.1)
-    axes = figure.add_axes((0.105, 0.125, 0.865, 0.635))
+    figure = style.new_figure(6.4, _HEIGHT)
+    axes = figure.add_axes((0.105, 0.51 / _HEIGHT, 0.865, 2.6 / _HEIGHT))
     style.dress(axes)
     entry = HistoryEntry.from_reading(reading)
     axis = style.EigenvalueAxis.spanning(*_ends(spectrum, entry.two_over_lr), LogMasses.of(spectrum).scale())
@@ -46,6 +57,7 @@ def spectrum_figure(reading: Reading) -> Figure:
     axes.grid(axis="x", color=style.GRID, linewidth=0.7)
 
     _draw_density(axes, spectrum, axis)
+    _draw_law(axes, reading, axis)
     _draw_atoms(axes, spectrum)
     _draw_levels(axes, spectrum)
     _draw_edges(axes, spectrum)
@@ -108,6 +120,18 @@ def _degenerate(spectrum: Spectrum) -> list[Atom]:
     """The atoms that aren't outliers."""
     outliers = {*spectrum.outliers.high.values, *spectrum.outliers.low.values}
     return [atom for atom in spectrum.atoms if atom.location not in outliers]
+
+
+def _draw_law(axes: Axes, reading: Reading, axis: style.EigenvalueAxis) -> None:
+    """The law that the bulk can't be told from, or the nearest one, scaled to the mass that it was fitted to."""
+    fit = reading.laws.simplest or next(iter(reading.laws.fits), None)
+    if fit is None:
+        return
+    x = axis.samples(_SAMPLES)
+    share = (1 - fit.removed_outlier_mass) * (1 - fit.removed_zero_mass)
+    density = share * fit.law.density(x)
+    shown = np.where(density > 0, density, np.nan)
+    axes.plot(x, shown, color=style.INK, linewidth=1.1, linestyle=(0, (4, 1.5)), label=law_name(fit))
 
 
 def _draw_atoms(axes: Axes, spectrum: Spectrum) -> None:
@@ -192,8 +216,8 @@ def _write_legend(figure: Figure, axes: Axes, probes: int) -> None:
         handles,
         labels,
         loc="lower left",
-        bbox_to_anchor=(0.008, 0.765),
-        ncols=len(handles) if len(handles) <= 4 else 3,
+        bbox_to_anchor=(0.008, 3.14 / _HEIGHT),
+        ncols=3,
         frameon=False,
         fontsize=style.LEGEND_SIZE,
         borderaxespad=0.0,
@@ -213,10 +237,14 @@ def _write_title(figure: Figure, reading: Reading) -> None:
     trace = with_error(spectrum.trace.mean, spectrum.trace.stderr)
     figure.text(
         0.012,
-        0.975,
+        1 - 0.1 / _HEIGHT,
         typeset(rf"step {reading.step}    $\lambda_{{\max}}$ = {largest}{uncertain}    trace {trace}"),
         size=style.TITLE_SIZE,
         color=style.INK,
         va="top",
     )
-    figure.text(0.012, 0.915, typeset(outlier_words(spectrum)), size=style.LABEL_SIZE, color=style.FAINT, va="top")
+    lines = [outlier_words(spectrum), law_words(reading.laws)]
+    lines += [level_words(scope, found) for scope, found in list(reading.level_statistics.items())[:1]]
+    for i, line in enumerate(lines):
+        height = 1 - (0.35 + 0.2 * i) / _HEIGHT
+        figure.text(0.012, height, typeset(line), size=style.LEGEND_SIZE + 0.5, color=style.FAINT, va="top")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lightning_rmt.reading import Reading
 from lightning_rmt.report.scalars import TOP
+from lightning_rmt.spectra.moments import Estimate
 from lightning_rmt.spectra.spectrum import Spectrum
 
 BINS_PER_DECADE = 12
@@ -121,6 +122,9 @@ class HistoryEntry:
         products: operator products spent.
         masses: the spectral measure on a fixed logarithmic grid, None in a light reading.
         speed: ``"full"`` or ``"light"``.
+        free_skew: of the bulk, with its standard error; None in a light reading, or where the bulk has no width.
+        free_kurtosis: likewise.
+        spacing_ratios: scope, mean spacing ratio and its standard error, where there are any.
     """
 
     step: int
@@ -142,6 +146,9 @@ class HistoryEntry:
     products: int
     masses: LogMasses | None
     speed: str = "full"
+    free_skew: tuple[float, float] | None = None
+    free_kurtosis: tuple[float, float] | None = None
+    spacing_ratios: tuple[tuple[str, float, float], ...] = ()
 
     @classmethod
     def from_reading(cls, reading: Reading) -> HistoryEntry:
@@ -172,6 +179,13 @@ class HistoryEntry:
             products=int(spectrum.products),
             masses=LogMasses.of(spectrum) if full else None,
             speed=reading.speed,
+            free_skew=_pair(spectrum.free_cumulants().skew) if full else None,
+            free_kurtosis=_pair(spectrum.free_cumulants().kurtosis) if full else None,
+            spacing_ratios=tuple(
+                (scope, float(found.spacing_ratio), float(found.stderr))
+                for scope, found in reading.level_statistics.items()
+                if found.spacing_ratio is not None and found.stderr is not None
+            ),
         )
 
     @property
@@ -186,6 +200,7 @@ class HistoryEntry:
         values = asdict(self)
         if self.masses is not None:
             values["masses"] = {key: list(v) if isinstance(v, tuple) else v for key, v in values["masses"].items()}
+        values["spacing_ratios"] = [list(entry) for entry in self.spacing_ratios]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
     @classmethod
@@ -196,9 +211,9 @@ class HistoryEntry:
             ValueError: a key is missing.
         """
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in values]:
+        if missing := [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]:
             raise ValueError(f"not a history entry: {', '.join(missing)} missing")
-        known: dict[str, Any] = {name: _as_stored(values[name]) for name in names}
+        known: dict[str, Any] = {name: _as_stored(values[name]) for name in names if name in values}
         if known["masses"] is None:
             return cls(**known)
         masses: dict[str, Any] = {field.name: _as_stored(values["masses"][field.name]) for field in fields(LogMasses)}
@@ -206,7 +221,12 @@ class HistoryEntry:
 
 
 def _as_stored(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_as_stored(item) for item in value) if isinstance(value, list) else value
+
+
+def _pair(estimate: Estimate) -> tuple[float, float] | None:
+    mean, error = _float(estimate.mean), _float(estimate.stderr)
+    return None if mean is None or error is None else (mean, error)
 
 
 def _float(value: float | None) -> float | None:

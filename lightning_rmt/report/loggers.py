@@ -12,7 +12,7 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.report import tensorboard
 from lightning_rmt.report.history import HistoryEntry
 from lightning_rmt.report.once import Once
-from lightning_rmt.report.scalars import caveats, split
+from lightning_rmt.report.scalars import caveats, split, verdicts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,14 +84,15 @@ class LoggerReport:
         takers = [(logger, take) for logger in loggers if (take := _figure_taker(logger)) is not None]
         if not takers or not _is_rank_zero() or self._drawn_step == reading.step:
             return
+        from lightning_rmt.report.cumulant_figure import free_cumulant_figure
         from lightning_rmt.report.figures import heat_map_figure, spectrum_figure
 
         self._drawn_step = reading.step
+        past = history or [HistoryEntry.from_reading(reading)]
         figures = {
             f"{reading.name}/spectrum": _Drawn(spectrum_figure(reading)),
-            f"{reading.name}/spectrum_over_time": _Drawn(
-                heat_map_figure(history or [HistoryEntry.from_reading(reading)])
-            ),
+            f"{reading.name}/spectrum_over_time": _Drawn(heat_map_figure(past)),
+            f"{reading.name}/free_cumulants": _Drawn(free_cumulant_figure(past)),
         }
         gifts = [(take, _tag(tag, logger), drawn) for tag, drawn in figures.items() for logger, take in takers]
         _each(gifts, lambda gift: gift[0](gift[1], gift[2], reading.step))
@@ -125,7 +126,7 @@ class LoggerReport:
 
     def _new_sentences(self, reading: Reading, reasons: Mapping[str, str]) -> list[str]:
         """What hasn't been said yet, each sentence with the tags that it is about."""
-        said: list[tuple[str, str]] = [*reasons.items(), *caveats(reading).items()]
+        said: list[tuple[str, str]] = [*verdicts(reading).items(), *reasons.items(), *caveats(reading).items()]
         said += [("", note) for note in reading.notes]
         about: dict[str, list[str]] = {}
         for tag, sentence in said:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lightning_rmt.reading import Reading
-from lightning_rmt.report.wording import number
+from lightning_rmt.report.wording import law_tag, law_words, number
 
 TOP = 10
 """Certified eigenvalues logged from either end: ``top/1`` is the largest, ``bottom/1`` the smallest."""
@@ -65,8 +65,17 @@ def caveats(reading: Reading) -> dict[str, str]:
     return found
 
 
+def verdicts(reading: Reading) -> dict[str, str]:
+    """What the statistics mean, in words: by scope of level statistics, and the laws under ``fit``."""
+    if reading.light:
+        return {}
+    found = {f"{reading.name}/goe/{scope}": f.verdict for scope, f in reading.level_statistics.items()}
+    return {**found, f"{reading.name}/fit": law_words(reading.laws)}
+
+
 def _items(reading: Reading) -> Iterator[_Item]:
-    parts = (_certified_ends, _run) if reading.light else (_ends, _sums, _outliers, _bulk, _run)
+    full = (_ends, _sums, _outliers, _bulk, _levels, _laws, _groups, _run)
+    parts = (_certified_ends, _run) if reading.light else full
     for part in parts:
         for tag, value, reason in part(reading):
             yield _Item(f"{reading.name}/{tag}", value, reason)
@@ -144,6 +153,43 @@ def _bulk(reading: Reading) -> Iterator[_Item]:
     for tag, estimate in (("free_skew", cumulants.skew), ("free_kurtosis", cumulants.kurtosis)):
         for suffix, value in (("", estimate.mean), ("_stderr", estimate.stderr)):
             yield _Item(f"{tag}{suffix}", None if math.isnan(value) else value, "the bulk has no width")
+
+
+def _levels(reading: Reading) -> Iterator[_Item]:
+    """Level statistics of every scope; z is the distance from the GOE's ratio in standard errors."""
+    for scope, found in reading.level_statistics.items():
+        tag = f"goe/{scope}/spacing_ratio"
+        yield _Item(tag, found.spacing_ratio, found.verdict)
+        yield _Item(f"{tag}_stderr", found.stderr, found.verdict)
+        yield _Item(f"{tag}_z", found.z_goe, found.verdict)
+        yield _Item(f"{tag}_z_poisson", found.z_poisson, found.verdict)
+        reason = next((note for note in found.notes if note.startswith("no p-value")), found.verdict)
+        yield _Item(f"{tag}_p_value", found.p_value, reason)
+        yield _Item(f"{tag}_levels", found.levels, "")
+        yield _Item(f"goe/{scope}/dropped", found.dropped, "")
+
+
+def _laws(reading: Reading) -> Iterator[_Item]:
+    """Distance of the bulk to the nearest member of every family, in standard deviations of the bulk."""
+    for fit in reading.laws.fits:
+        tag = f"fit/{law_tag(type(fit.law).__name__)}"
+        yield _Item(tag, fit.distance, "")
+        yield _Item(f"{tag}_stderr", fit.stderr, "its error can't be had")
+        yield _Item(f"{tag}_floors", fit.relative, "the distance has no floor")
+    for name, reason in reading.laws.refused:
+        yield _Item(f"fit/{law_tag(name)}", None, f"no fit: {reason}")
+
+
+def _groups(reading: Reading) -> Iterator[_Item]:
+    """What a group of parameters has of its own."""
+    for group, spectrum in reading.blocks.items():
+        for end, level in (("max", spectrum.lambda_max), ("min", spectrum.lambda_min)):
+            yield _Item(f"blocks/{group}/lambda_{end}", level.value, "")
+            yield _Item(f"blocks/{group}/lambda_{end}_residual", level.residual, "")
+        yield _Item(f"blocks/{group}/trace", spectrum.trace.mean, "")
+        yield _Item(f"blocks/{group}/trace_stderr", spectrum.trace.stderr, "")
+        for side, outliers in (("high", spectrum.outliers.high), ("low", spectrum.outliers.low)):
+            yield _Item(f"blocks/{group}/outliers_{side}", outliers.count, outliers.verdict)
 
 
 def _bracket_ratio(low: float, high: float, zero_width: float) -> float:

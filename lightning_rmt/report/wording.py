@@ -7,6 +7,9 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_rmt.laws.fit import Fit
+    from lightning_rmt.laws.ranking import Ranking
+    from lightning_rmt.levels.statistics import LevelStatistics
     from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -78,6 +81,48 @@ def _widest_gap(spectrum: Spectrum) -> str:
     return (
         f": widest gap ×{number(high.gap_ratio)} after {high.gap_index}, {number(high.gap_spacings, 2)} local spacings"
     )
+
+
+def law_tag(name: str) -> str:
+    """A law's name as a tag has it: ``MarchenkoPastur`` -> ``marchenko_pastur``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def law_name(fit: Fit) -> str:
+    """A law's name as people write it: ``MarchenkoPastur`` -> ``Marchenko-Pastur``."""
+    name = type(fit.law).__name__
+    known = {"MarchenkoPastur": "Marchenko-Pastur", "WishartPlusWigner": "Wishart + Wigner"}
+    return known.get(name, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+
+
+def law_words(laws: Ranking) -> str:
+    """The laws in a line: ``every law is rejected; nearest Marchenko-Pastur (12 floors) ...``."""
+    if not laws.fits:
+        return "no law could be fitted to the bulk"
+    simplest = laws.simplest
+    if simplest is not None:
+        others = [law_name(fit) for fit in laws.fits if fit is not simplest and fit.word == "indistinguishable"]
+        also = f"; nor can it be told from {', '.join(others)}" if others else ""
+        return f"bulk can't be told from {law_name(simplest)} at resolution 1/{simplest.steps}{also}"
+    nearest = laws.fits[0]
+    if nearest.word == "weak misfit":
+        return f"weak misfit at best: {law_name(nearest)}, {number(nearest.relative, 2)} floors away"
+    return f"every law is rejected; the nearest is {law_name(nearest)}, {number(nearest.relative, 2)} floors away"
+
+
+def level_words(scope: str, found: LevelStatistics) -> str:
+    """Level statistics in a title's length: ``levels of head repel: spacing ratio 0.526 ± 0.013 (GOE 0.531)``."""
+    if found.spacing_ratio is None or found.stderr is None or found.verdict_kind == "insufficient":
+        return f"{scope}: too few levels for statistics ({found.levels})"
+    said = {
+        "repel": "levels repel",
+        "no_repulsion": "no level repulsion",
+        "intermediate": "levels between GOE and Poisson",
+        "regular": "levels more regular than GOE",
+        "degenerate": "degenerate levels",
+    }[found.verdict_kind]
+    ratio = with_error(found.spacing_ratio, found.stderr)
+    return f"{scope}: {said}, spacing ratio {ratio} (GOE 0.531, Poisson 0.386)"
 
 
 def operator_words(curvature: str) -> str:

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from lightning_rmt.report.cumulant_figure import free_cumulant_figure
 from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure, pixels, spectrum_figure
 from lightning_rmt.report.history import HistoryEntry
 
@@ -82,6 +83,7 @@ def test_figures_over_time_are_readable(any_reading):
     (entry,) = history_of([any_reading])
     for steps in ((120,), (0, 7, 50_000, 123_456)):
         entries = [replace(entry, step=step) for step in steps]
+        assert_readable(free_cumulant_figure(entries))
         assert_readable(heat_map_figure(entries))
         assert_readable(outliers_over_time_figure(entries))
 
@@ -251,7 +253,7 @@ def test_an_empty_history_is_refused(draw):
 def test_pixels_are_rgb(trained):
     image = pixels(spectrum_figure(trained))
     assert image.dtype == np.uint8
-    assert image.shape == (451, 704, 3)
+    assert image.shape == (506, 704, 3)
     assert (image[0, 0] == 255).all()
 
 
@@ -277,3 +279,22 @@ lightning_rmt.report.figures.pixels(lightning_rmt.report.figures.spectrum_figure
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_spectrum_names_the_nearest_law_and_draws_it(known):
+    figure = spectrum_figure(known("semicircle"))
+    assert "bulk can't be told from semicircle at resolution" in all_words(figure)
+    line = lines(figure.axes[0])["semicircle"]
+    x, y = line.get_data()
+    inside = np.abs(x) < 1.2
+    assert y[inside] == pytest.approx(np.sqrt(4 - x[inside] ** 2) / (2 * np.pi), rel=0.08)
+
+
+def test_free_cumulants_show_where_the_bulk_is_with_its_errors(known):
+    (entry,) = history_of([known("semicircle")])
+    axes = free_cumulant_figure([replace(entry, step=step) for step in (0, 10)]).axes[0]
+    (container,) = axes.containers
+    assert container.has_xerr
+    assert container.has_yerr
+    ((x, y), _) = axes.collections[-1].get_offsets()
+    assert (x, y) == pytest.approx((0, 0), abs=0.1)

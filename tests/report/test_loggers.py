@@ -166,7 +166,7 @@ def test_all_loggers_at_once(loggers, readings, tmp_path, monkeypatch):
     assert (tmp_path / "csv" / "version_0" / "metrics.csv").exists()
 
     pictures = list(tmp_path.rglob("media/images/rmt/*.png"))
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert logged["rmt/lambda_max"] == pytest.approx(10.4)
     assert logged["trainer/global_step"] == 120

@@ -6,7 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_rmt.report.scalars import caveats, refusals, scalars, split
+from lightning_rmt.laws.ranking import FAMILIES
+from lightning_rmt.levels.block import BlockLevels
+from lightning_rmt.report.scalars import caveats, refusals, scalars, split, verdicts
+from lightning_rmt.report.wording import law_tag
 
 ALWAYS = {
     *("lambda_max", "lambda_max_residual", "lambda_min", "lambda_min_residual"),
@@ -65,7 +68,9 @@ def test_every_tag_is_either_a_finite_number_or_a_sentence(any_reading):
     tags = {tag.removeprefix("rmt/") for tag in [*numbers, *reasons]}
     ends = {tag for tag in tags if tag.startswith(("top/", "bottom/"))}
     bounds = {f"{tag}_{side}" for tag in ("q01", "q99") if f"rmt/{tag}" in numbers for side in ("low", "high")}
-    assert tags - ends == ALWAYS | bounds
+    fits = {tag for tag in tags if tag.startswith("fit/")}  # of those laws that have a member for this bulk
+    assert tags - ends - fits == ALWAYS | bounds
+    assert {f"fit/{law_tag(family.__name__)}" for family in FAMILIES} <= fits
     for tag in ("q01", "q99", "zero_mass", "negative_mass"):
         if f"rmt/{tag}" in numbers:
             low, value, high = (numbers[f"rmt/{tag}{end}"] for end in ("_low", "", "_high"))
@@ -135,3 +140,63 @@ def test_caveats_name_what_means_less_than_it_says(trained, known, reading_of):
     short = reading_of(trained_truth(), steps=40)
     assert scalars(short)["rmt/outliers/count_high"] == 9
     assert caveats(short)["rmt/outliers/count_high"].startswith("a lower bound")
+
+
+# --- what the spectrum means ------------------------------------------------------------------------------------------
+
+
+def blocks(levels, noise=0.0):
+    return (BlockLevels("head", "the head", np.atleast_2d(np.sort(levels)), noise, 0.1),)
+
+
+def test_level_statistics_are_logged_by_block(known):
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((400, 400))
+    reading = replace(known("trained"), levels=blocks(np.linalg.eigvalsh(matrix + matrix.T)))
+    got, found = scalars(reading), reading.level_statistics["head"]
+    tag = "rmt/goe/head/spacing_ratio"
+    assert got[tag] == found.spacing_ratio == pytest.approx(0.5307, abs=0.06)
+    assert got[f"{tag}_stderr"] == found.stderr
+    assert got[f"{tag}_z"] == found.z_goe
+    assert got[f"{tag}_z_poisson"] > 5
+    assert got[f"{tag}_p_value"] == found.p_value
+    assert got[f"{tag}_levels"] == 400
+    assert verdicts(reading)["rmt/goe/head"] == found.verdict
+    assert "levels repel" in found.verdict
+
+
+def test_too_few_levels_are_refused_with_the_number_that_is_needed(known):
+    reading = replace(known("trained"), levels=blocks(np.random.default_rng(0).uniform(1, 2, 20)))
+    got, why = scalars(reading), refusals(reading)
+    assert "rmt/goe/head/spacing_ratio_z" not in got
+    assert "50 needed" in why["rmt/goe/head/spacing_ratio_z"]
+    assert got["rmt/goe/head/spacing_ratio_levels"] == 20
+
+
+def test_ritz_values_never_make_level_statistics(any_reading):
+    assert not any(tag.startswith("rmt/goe/") for tag in scalars(any_reading))
+
+
+def test_laws_are_logged_with_their_errors_and_floors(known):
+    reading = known("semicircle")
+    got = scalars(reading)
+    assert got["rmt/fit/semicircle"] < 0.05
+    assert got["rmt/fit/semicircle_floors"] == pytest.approx(reading.laws.fits[0].relative)
+    assert "semicircle" in verdicts(reading)["rmt/fit"]
+    assert "accepted" not in verdicts(reading)["rmt/fit"]
+    assert "fit/marchenko_pastur" in " ".join(refusals(reading))
+
+
+def test_groups_of_parameters_have_their_own_numbers(known):
+    reading = replace(known("trained"), blocks={"encoder": known("semicircle").spectrum})
+    got = scalars(reading)
+    assert got["rmt/blocks/encoder/lambda_max"] == reading.blocks["encoder"].lambda_max.value
+    assert got["rmt/blocks/encoder/trace_stderr"] > 0
+    assert got["rmt/blocks/encoder/outliers_high"] == 0
+    assert got["rmt/lambda_max"] != got["rmt/blocks/encoder/lambda_max"]
+
+
+def test_a_light_reading_means_nothing_more_than_its_eigenvalues(known):
+    reading = replace(known("trained"), speed="light")
+    assert verdicts(reading) == {}
+    assert not any("/fit/" in tag or "/goe/" in tag for tag in scalars(reading))
