@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -61,7 +62,7 @@ def law_from_dict(saved: dict[str, Any]) -> Law:
 
 def _all_below(family: type) -> list[type[Law]]:
     found: list[type[Law]] = []
-    direct: list[type[Law]] = family.__subclasses__()
+    direct: Sequence[type[Law]] = family.__subclasses__()
     for below in direct:
         found += [below, *_all_below(below)]
     return found
