@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_rmt.laws.ranking import Ranking, rank_laws
+from lightning_rmt.laws.ranking import CLOSED_FORM, Ranking, rank_laws
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
@@ -84,8 +84,8 @@ class Reading:
 
     @cached_property
     def laws(self) -> Ranking:
-        """Limiting laws fitted to the bulk of the spectrum, nearest first; see `rank_laws`."""
-        return rank_laws(self.spectrum)
+        """Limiting laws with a formula, fitted to the bulk of the spectrum, nearest first; see `rank_laws`."""
+        return rank_laws(self.spectrum, CLOSED_FORM)
 
     @cached_property
     def level_statistics(self) -> dict[str, LevelStatistics]:
@@ -96,10 +96,9 @@ class Reading:
         """
         found = {block.name: block.statistics for block in self.levels}
         if not self.light and self.product == "exact":
-            for side, name in (("high", "edge_top"), ("low", "edge_bottom")):
-                edge = edge_statistics(self.spectrum, side)
-                if isinstance(edge, LevelStatistics):
-                    found[name] = edge
+            edges = {"edge_top": edge_statistics(self.spectrum, "high")}
+            edges["edge_bottom"] = edge_statistics(self.spectrum, "low")
+            found |= {name: edge for name, edge in edges.items() if isinstance(edge, LevelStatistics)}
         return found
 
     def save(self, path: str | Path) -> None:

@@ -22,6 +22,7 @@ class Diagonal:
     def matmat(self, V):
         return V * self.eigenvalues
 
+
 OVER_TIME = ("spectrum_over_time", "free_cumulants", "eigenvalues_over_time")
 
 

@@ -11,12 +11,27 @@ from lightning_rmt.laws.fit import Fit
 from lightning_rmt.laws.fitting import Measured, fit_law
 from lightning_rmt.laws.law import Law
 from lightning_rmt.laws.marchenko_pastur import MarchenkoPastur
+from lightning_rmt.laws.percolated_wigner import PercolatedWigner
+from lightning_rmt.laws.product_wigner import ProductWigner
+from lightning_rmt.laws.product_wishart import ProductWishart
+from lightning_rmt.laws.refined_wishart_plus_wigner import RefinedWishartPlusWigner
 from lightning_rmt.laws.semicircle import Semicircle
+from lightning_rmt.laws.sparse_wigner import SparseWigner
 from lightning_rmt.laws.wishart_plus_wigner import WishartPlusWigner
 from lightning_rmt.spectra.spectrum import Spectrum
 
-#: Families that are tried unless others are asked for.
-FAMILIES: tuple[type[Law], ...] = (Semicircle, MarchenkoPastur, WishartPlusWigner)
+#: Families whose distribution is a formula: a fit takes some hundredths of a second.
+CLOSED_FORM: tuple[type[Law], ...] = (
+    Semicircle,
+    MarchenkoPastur,
+    WishartPlusWigner,
+    RefinedWishartPlusWigner,
+    ProductWishart,
+    ProductWigner,
+    PercolatedWigner,
+)
+#: All families with a fit. The sparse one simulates matrices for every degree, which takes seconds.
+FAMILIES: tuple[type[Law], ...] = (*CLOSED_FORM, SparseWigner)
 
 
 @dataclass(frozen=True)
@@ -94,7 +109,7 @@ def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = FAMILIES) -> R
 
     Args:
         spectrum: the measured spectrum.
-        families: classes of laws.
+        families: classes of laws; all that have a fit unless others are given.
     """
     measured = Measured(spectrum)
     fits: list[Fit] = []
