@@ -163,9 +163,8 @@ def measure_live(
         if light is not None:
             return result
         operator.release()  # its graphs are in the way of what follows
-        levels = measure_levels(
-            trainer, module, batches, settings, ranks, seconds=time.perf_counter() - begin, learned=found
-        )
+        seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
+        levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
         return replace(result, levels=levels.blocks, notes=(*notes, *levels.notes), learned=levels.learned)
 
 
