@@ -78,8 +78,7 @@ def in_double(modules: Iterable[nn.Module], block: Sequence[Slice]) -> Iterator[
 
         def copy_of(tensor: Tensor) -> Tensor:
             if id(tensor) not in copies:
-                dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-                copies[id(tensor)] = tensor.detach().to(dtype, copy=True)
+                copies[id(tensor)] = tensor.detach().to(_double_of(tensor), copy=True)
                 originals.append(tensor)
             return copies[id(tensor)]
 
@@ -89,15 +88,16 @@ def in_double(modules: Iterable[nn.Module], block: Sequence[Slice]) -> Iterator[
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = copy_of(tensor)  # type: ignore[assignment]
-            if isinstance(module, nn.RNNBase):  # it keeps its own list of them
-                undo.callback(setattr, module, "_flat_weights", module._flat_weights)
+            if isinstance(module, nn.RNNBase):  # it keeps its own list of them, and remembers whose list it is
+                for own in ("_flat_weights", "_flat_weight_refs"):
+                    undo.callback(setattr, module, own, getattr(module, own))
                 module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         yield leaves
 
 
 def double_batch(batch: Any) -> Any:
-    """The batch with its floating point tensors in float64; all else, and the structure, as it was."""
-    return map_tensors(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    """The batch with its floating point tensors in float64, complex ones likewise; all else as it was."""
+    return map_tensors(batch, lambda tensor: tensor.to(_double_of(tensor)))
 
 
 def double_bytes(modules: Iterable[nn.Module]) -> int:
@@ -112,7 +112,14 @@ def double_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(8 * tensor.numel() for tensor in tensors.values())
 
 
+def _double_of(tensor: Tensor) -> torch.dtype:
+    if tensor.is_complex():
+        return torch.complex128
+    return torch.float64 if tensor.is_floating_point() else tensor.dtype
+
+
 def _put_back(table: dict[str, Any], originals: dict[str, Any]) -> None:
+    table.clear()  # a forward pass may register buffers, which would be in float64
     table.update(originals)
 
 

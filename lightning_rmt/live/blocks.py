@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.restricted import Restricted
-from lightning_rmt.live.level_blocks import named_block
+from lightning_rmt.live.level_blocks import LevelBlock, named_block
 from lightning_rmt.live.memory import Memory, least_plan
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import ProbeSettings
@@ -45,29 +46,23 @@ def measure_blocks(
     found, notes = {}, []
     for pattern in settings.blocks or ():
         try:
-            found[named_block(module, pattern, settings.parameters).name] = _spectrum(
-                module, operator, whole, pattern, settings, ranks, memory, seed
-            )
+            group = all_or_none(ranks, partial(named_block, module, pattern, settings.parameters))
+            found[group.name] = _spectrum(operator, whole, group, settings, ranks, memory, seed)
         except RefusedError as error:
             notes.append(f"no spectrum of {pattern}: {error}")
     return found, notes
 
 
 def _spectrum(
-    module: Any,
     operator: CurvatureOperator,
     whole: Spectrum,
-    pattern: str,
+    group: LevelBlock,
     settings: ProbeSettings,
     ranks: Ranks,
     memory: Memory,
     seed: int,
 ) -> Spectrum:
-    def restrict() -> Restricted:
-        pieces = named_block(module, pattern, settings.parameters).pieces
-        return Restricted(operator, [name for name, _ in pieces])
-
-    block = all_or_none(ranks, restrict)
+    block = all_or_none(ranks, lambda: Restricted(operator, [name for name, _ in group.pieces]))
     if block.size == operator.size:
         return whole
     plan = least_plan(ranks, memory.plan(block, settings.lanczos_steps, 1))

@@ -59,18 +59,33 @@ def refuse_unusable_levels(module: Any, levels: Sequence[str] | str | None, para
     """
     if levels is None or levels == "auto":
         return
+    asked, names = f"SpectrumMonitor(levels={list(levels)})", set()
     for pattern in levels:
         try:
             block = named_block(module, pattern, parameters)
         except ValueError as error:
-            raise MisconfigurationException(f"SpectrumMonitor(levels={list(levels)}): {error}") from error
+            if _frozen(module, pattern):  # a callback may unfreeze it later
+                continue
+            raise MisconfigurationException(f"{asked}: {error}") from error
         size = sum(part.size for part in block.slices(module))
         if not FEWEST <= size <= MOST:
             raise MisconfigurationException(
-                f"SpectrumMonitor(levels={list(levels)}): {pattern!r} holds {size} parameters. Level statistics need the "
-                f"exact Hessian of {FEWEST} to {MOST}: name {'more' if size < FEWEST else 'fewer'} of them, or leave the "
-                'choice to levels="auto"'
+                f"{asked}: {pattern!r} holds {size} parameters. Level statistics need the exact Hessian of {FEWEST} to "
+                f"{MOST}: name {'more' if size < FEWEST else 'fewer'} of them, or leave the choice to levels='auto'"
             )
+        if block.name in names:
+            raise MisconfigurationException(f"{asked}: two of them would be logged under one tag, {block.name!r}")
+        names.add(block.name)
+
+
+def _frozen(module: nn.Module, pattern: str) -> bool:
+    found = [p for name, p in module.named_parameters() if _matches(name, pattern)]
+    return bool(found) and not any(p.requires_grad for p in found)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a parameter is named, or the layer that it belongs to, perhaps far above."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def refuse_unusable_blocks(module: Any, blocks: Sequence[str] | None, parameters: Sequence[str] | None) -> None:
@@ -84,6 +99,8 @@ def refuse_unusable_blocks(module: Any, blocks: Sequence[str] | None, parameters
         try:
             tag = named_block(module, pattern, parameters).name
         except ValueError as error:
+            if _frozen(module, pattern):  # a callback may unfreeze it later
+                continue
             raise MisconfigurationException(f"SpectrumMonitor(blocks={list(blocks or ())}): {error}") from error
         if tag in tags:
             raise MisconfigurationException(
@@ -105,7 +122,9 @@ def named_block(module: nn.Module, pattern: str, parameters: Sequence[str] | Non
         ValueError: none matches.
     """
     trainable = select_parameters(module.named_parameters(), parameters)
-    chosen = [(n, p) for n, p in trainable if fnmatchcase(n, pattern) or n.startswith(f"{pattern}.")]
+    chosen = [(n, p) for n, p in trainable if _matches(n, pattern)]
+    if not chosen and _frozen(module, pattern):
+        raise ValueError(f"{pattern!r} matches only frozen parameters (requires_grad=False)")
     if not chosen:
         chosen = select_parameters(trainable, [pattern])  # its message names what comes close
     return LevelBlock(_tag(pattern), tuple((name, tuple(p.shape)) for name, p in chosen))

@@ -19,9 +19,11 @@ from lightning_rmt.curvature.parameters import select_parameters
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.fence.enclosure import enclose
+from lightning_rmt.live.fence.generators import seed_generators
 from lightning_rmt.live.level_blocks import (
     FEWEST,
     FEWEST_AUTO,
+    MOST,
     MOST_AUTO,
     TIME_SHARE,
     LevelBlock,
@@ -32,6 +34,9 @@ from lightning_rmt.live.loss import curvature_loss
 from lightning_rmt.live.memory import SHARE, free_bytes
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import Learned, ProbeSettings
+
+#: Distance to the loss of a parameter that it doesn't depend on.
+_NOWHERE = 2**40
 
 T = TypeVar("T")
 
@@ -58,6 +63,7 @@ def measure_levels(
     ranks: Ranks,
     *,
     seconds: float,
+    seed: int,
     learned: Learned,
 ) -> FoundLevels:
     """Exact level statistics; called inside the fence, by all ranks.
@@ -71,13 +77,14 @@ def measure_levels(
         settings: with what is wanted in ``levels``.
         ranks: all that take part.
         seconds: what the rest of the probe took.
+        seed: of what the loss draws on this rank, so that it doesn't depend on what earlier probes have found out.
         learned: from earlier probes.
     """
     if settings.levels is None:
         return FoundLevels((), (), learned)
     if learned.no_levels is not None:
         return FoundLevels((), (learned.no_levels,), learned)
-    work = _Work(trainer, module, batches, settings, ranks)
+    work = _Work(trainer, module, batches, settings, ranks, seed)
     if settings.levels == "auto":
         try:
             block = learned.level_block or work.nearest()
@@ -100,13 +107,20 @@ class _Work:
     """What the stages of one measurement share."""
 
     def __init__(
-        self, trainer: Any, module: Any, batches: Sequence[CapturedBatch], settings: ProbeSettings, ranks: Ranks
+        self,
+        trainer: Any,
+        module: Any,
+        batches: Sequence[CapturedBatch],
+        settings: ProbeSettings,
+        ranks: Ranks,
+        seed: int,
     ) -> None:
         self.module = module
         self.settings = settings
         self.ranks = ranks
         self.batches = batches[: ranks.least(len(batches))]  # as many on every rank
-        self.modules = enclose(trainer, module, seed=0, autocast=False).modules
+        self.enclosure = enclose(trainer, module, seed=seed, autocast=False)
+        self.modules = self.enclosure.modules
         self.loss = curvature_loss(module, settings.loss_fn)
 
     def together(self, stage: Callable[[], T]) -> T:
@@ -117,15 +131,18 @@ class _Work:
         """The block of the layers nearest to the loss; one evaluation of the loss."""
         trainable = dict(select_parameters(self.module.named_parameters(), self.settings.parameters))
 
-        def choose() -> LevelBlock:
-            with differentiable(twice=not self.settings.first_order):
-                loss = evaluate(self.loss, (self.batches[0],), 0).loss
-                block = nearest_block(trainable, steps_to_loss(loss, trainable.values()), MOST_AUTO)
-            if block is None:
-                raise RefusedError(f"too few parameters; {FEWEST} levels are needed")
-            return block
+        def look() -> dict[int, int]:
+            with differentiable():  # compiled code would show as a single step
+                return steps_to_loss(evaluate(self.loss, (self.batches[0],), 0).loss, trainable.values())
 
-        return self.together(choose)
+        mine = self.together(look)
+        # Another rank's batch may go another way through the module: one distance, and so one block, for all of them.
+        agreed = self.ranks.largest([mine.get(id(p), _NOWHERE) for p in trainable.values()])
+        distances = {id(p): n for p, n in zip(trainable.values(), agreed, strict=True) if n < _NOWHERE}
+        block = nearest_block(trainable, distances, MOST_AUTO)
+        if block is None:
+            raise RefusedError(f"too few parameters; {FEWEST} levels are needed")
+        return block
 
     def measure(self, block: LevelBlock, allowed: float | None) -> tuple[BlockLevels, LevelBlock]:
         """The block's levels on every batch of every rank.
@@ -159,7 +176,7 @@ class _Work:
                     raise RefusedError(
                         f"the exact Hessian of {wanted} parameters of {block.name}, the layers nearest to the loss, would "
                         f"take {needed:.2g} s, more than {TIME_SHARE:g} of the rest of the probe ({allowed:.2g} s). "
-                        f'levels=["{block.name}"] takes it all the same'
+                        f"levels=[...] with layers or patterns of {FEWEST} to {MOST} parameters takes them all the same"
                     )
                 keep = min(keep, affordable)
 
@@ -182,6 +199,7 @@ class _Work:
 
     def _hessian(self, leaves: list[torch.Tensor], index: int) -> BlockHessian:
         captured = self.batches[index]
+        seed_generators((self.enclosure.seed + index) % 2**63, self.enclosure.device)
         return BlockHessian(self.loss, leaves, CapturedBatch(double_batch(captured.batch), captured.batch_idx), index)
 
     def _refuse_too_large(self, slices: Sequence[Slice]) -> None:

@@ -171,9 +171,8 @@ def measure_live(
             return result
         blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
         operator.release()  # its graphs are in the way of what follows
-        levels = measure_levels(
-            trainer, module, batches, settings, ranks, seconds=time.perf_counter() - begin, learned=found
-        )
+        seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
+        levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
         notes = (*notes, *reasons, *levels.notes)
         return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned)
 

@@ -49,10 +49,13 @@ def test_training_is_the_same_with_products_behind_the_fence(case, hook, tmp_pat
 
 
 @pytest.mark.parametrize("case", MARKED, ids=str)
-def test_training_is_the_same_with_a_spectrum_monitor(case, tmp_path, tmp_path_factory):
+def test_training_is_the_same_with_a_spectrum_monitor(case, tmp_path, tmp_path_factory, monkeypatch):
+    """With level statistics, whatever they cost: the exact block's loss is evaluated in float64 in all these modules."""
+    monkeypatch.setattr("lightning_rmt.live.levels.TIME_SHARE", 1e6)
     monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4, loss_fn=case.loss_fn, on_error="raise")
     assert differences(train(case, tmp_path, monitor), control(case, tmp_path_factory.getbasetemp())) == []
     assert monitor.history
+    assert monitor.reading.levels
 
 
 def outputs(module, batch):

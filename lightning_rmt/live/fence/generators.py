@@ -20,16 +20,23 @@ def randomness(enclosure: Enclosure, undo: ExitStack) -> None:
     undo.callback(random.setstate, random.getstate())
     undo.callback(np.random.set_state, np.random.get_state())
     undo.callback(torch.set_rng_state, torch.get_rng_state())
-    random.seed(enclosure.seed)
-    np.random.seed(enclosure.seed % 2**32)
-    torch.default_generator.manual_seed(enclosure.seed)
-
     device = enclosure.device
     if device.type in ("cuda", "xpu"):
         accelerator = torch.get_device_module(device)
         undo.callback(accelerator.set_rng_state, accelerator.get_rng_state(device), device)
-        with accelerator.device(device):
-            accelerator.manual_seed(enclosure.seed)
     elif device.type == "mps":
         undo.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-        torch.mps.manual_seed(enclosure.seed)
+    seed_generators(enclosure.seed, device)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds what a step on this device can draw from; for the inside of a fence, which puts it all back."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device.type in ("cuda", "xpu"):
+        accelerator = torch.get_device_module(device)
+        with accelerator.device(device):
+            accelerator.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
