@@ -34,13 +34,23 @@ def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, mem
         return said
     copy = double_bytes(module.modules())
     if settings.levels == "auto":
-        rows, limit = MOST_AUTO, f"at most {TIME_SHARE:g} times as long"
+        rows = min(MOST_AUTO, sum(p.numel() for p in module.parameters() if p.requires_grad))
+        limit = f"at most {TIME_SHARE:g} times as long"
     else:
-        blocks = [named_block(module, pattern, settings.parameters) for pattern in settings.levels]
-        sizes = [sum(part.size for part in block.slices(module)) for block in blocks]
+        sizes = [size for pattern in settings.levels if (size := _size(module, pattern, settings))]
+        if not sizes:
+            return said
         rows = max(sizes)
         limit = f"{sum(sizes) * settings.batches} rows, each no dearer than a product in float64"
     return (
         f"{said}; then level statistics from the exact Hessian of up to {rows} parameters ({limit}, "
         f"{(copy + 4 * 8 * rows**2) / _MEBI:.2g} MiB after the rest is freed)"
     )
+
+
+def _size(module: nn.Module, pattern: str, settings: ProbeSettings) -> int:
+    """Number of parameters in a block; 0 where there is none now, which is said when its turn comes."""
+    try:
+        return sum(part.size for part in named_block(module, pattern, settings.parameters).slices(module))
+    except ValueError:
+        return 0

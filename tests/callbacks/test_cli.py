@@ -33,7 +33,8 @@ ARGUMENTS = {
     "loss_fn": "tests_of_cli.loss_fn",
     "outputs_fn": "tests_of_cli.outputs_fn",
     "parameters": ["net.*"],
-    "levels": None,
+    "levels": None,  # there are none of a ggn
+    "blocks": ["net.*"],
     "microbatch": 2,
     "product": "exact",
     "autocast": True,
