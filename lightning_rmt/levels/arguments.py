@@ -51,7 +51,9 @@ def _is_matrix(whole: NDArray[Any]) -> bool:
 def _vector(part: ArrayLike, name: str) -> tuple[NDArray[np.float64], float]:
     values = np.asarray(part)
     if values.dtype.kind == "c":
-        raise TypeError(f"{name}: complex numbers aren't the eigenvalues of a symmetric matrix; use eigvalsh, not eigvals")
+        raise TypeError(
+            f"{name}: complex numbers aren't the eigenvalues of a symmetric matrix; use eigvalsh, not eigvals"
+        )
     if values.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected real numbers, got dtype {values.dtype}")
     if values.ndim != 1:

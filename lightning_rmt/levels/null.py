@@ -24,7 +24,28 @@ from lightning_rmt.levels.unfolding import unfold, unfold_trend
 #: Levels for which the null was simulated; in between it is interpolated in log k.
 SIZES = (25, 35, 50, 70, 100, 140, 200, 280, 400, 560, 800, 1130, 1600, 2260, 3200, 4096)
 #: Upper tail probabilities at which quantiles of the Anderson-Darling statistic are kept.
-TAILS = (0.999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
+TAILS = (
+    0.999,
+    0.99,
+    0.95,
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.3,
+    0.2,
+    0.15,
+    0.1,
+    0.07,
+    0.05,
+    0.03,
+    0.02,
+    0.01,
+    0.005,
+    0.002,
+)
 #: The smallest p that is given as a number. Below the last of `TAILS` the tail is continued as an exponential.
 SMALLEST_P = 1e-4
 #: Fewest levels for number variance and rigidity, and their windows in mean spacings.

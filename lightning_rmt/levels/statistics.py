@@ -233,7 +233,9 @@ def _distribution(cuts: Sequence[Cut]) -> tuple[dict[str, Any], tuple[str, ...]]
         "anderson_darling": float(np.median([anderson_darling(np.concatenate(parts)) for parts in spectra])),
     }
     notes = []
-    tested = [(np.concatenate(parts), cut.kept) for parts, cut in zip(spectra, [c for c in cuts if c.runs], strict=True)]
+    tested = [
+        (np.concatenate(parts), cut.kept) for parts, cut in zip(spectra, [c for c in cuts if c.runs], strict=True)
+    ]
     tested = [(spacings, k) for spacings, k in tested if null.in_table(k)]
     if tested:
         found["p_value"] = max(
