@@ -2,7 +2,7 @@
 
 A window of k consecutive levels from the middle of a GOE matrix of at least 1.6 k levels (the tridiagonal model of
 `Semicircle.rvs`) goes through the same unfolding as the data. Large matrices give several windows side by side, whose
-statistics are independent for all that matters here.
+statistics are independent for all that matters here. Independent levels are simulated too, for Brody's exponent.
 
 ``python -m lightning_rmt.levels.null`` writes the table again, in about half an hour on one core.
 """
@@ -62,7 +62,7 @@ _FILE = "goe_null.npz"
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and standard deviation of a statistic for GOE."""
+    """Mean and standard deviation of a statistic under a null."""
 
     mean: float
     sd: float
@@ -83,10 +83,13 @@ def p_value(statistic: float, k: int) -> float:
     return float(max(SMALLEST_P, TAILS[-1] * np.exp(-rate * (statistic - quantiles[-1]))))
 
 
-def goe_moments(name: str, k: int) -> Moments:
-    """Mean and sd of ``"brody"``, ``"spacing_variance"``, ``"number_variance_3"``, ``"number_variance_10"``, ``"rigidity"``.
+def moments(name: str, k: int) -> Moments:
+    """Mean and sd of a statistic over windows of ``k`` levels.
 
-    The last three from k = 400.
+    Args:
+        name: for GOE, ``"brody"``, ``"spacing_variance"`` and, from k = 400, ``"number_variance_3"``,
+            ``"number_variance_10"`` and ``"rigidity"``; for independent levels, ``"brody_poisson"``.
+        k: number of levels.
 
     Raises:
         ValueError: ``k`` is outside the table.
@@ -163,14 +166,18 @@ def build(counts: dict[int, int]) -> dict[str, NDArray[np.float64]]:
     Args:
         counts: windows to simulate, by the smallest size that gets so few.
     """
-    quantiles, moments = [], []
+    quantiles, rows = [], []
     for k in SIZES:
         count = counts[max(size for size in counts if size <= k)]
-        found = simulate(k, count, np.random.default_rng([_SEED, k]))
+        rng = np.random.default_rng([_SEED, k])
+        found = simulate(k, count, rng)
+        found["brody_poisson"] = np.array(
+            [brody_exponent(unfold(rng.exponential(size=k).cumsum())) for _ in range(2000)]
+        )
         quantiles.append(np.quantile(found.pop("anderson_darling"), 1 - np.array(TAILS)))
-        moments.append({name: (values.mean(), values.std()) for name, values in found.items()})
+        rows.append({name: (values.mean(), values.std()) for name, values in found.items()})
     nothing = (np.nan, np.nan)
-    table = {name: np.array([row.get(name, nothing) for row in moments]) for name in moments[-1]}
+    table = {name: np.array([row.get(name, nothing) for row in rows]) for name in rows[-1]}
     return {"quantiles": np.array(quantiles), **table}
 
 

@@ -44,8 +44,8 @@ class LevelStatistics:
     """How neighbouring eigenvalues are spaced. A number that can't be had honestly is None, and ``notes`` say why.
 
     Attributes:
-        spacing_ratio: mean of ``min(s, s') / max(s, s')`` over neighbouring spacings: .5307 for large GOE matrices,
-            .3863 for independent levels.
+        spacing_ratio: mean of ``min(s, s') / max(s, s')`` over neighbouring spacings: .5307 for large GOE matrices, .3863
+            for independent levels.
         stderr: its standard error as estimated from these ratios, their correlation with their neighbours and between
             spectra included.
         z_goe: ``(spacing_ratio - .5307) / (.308 / sqrt(m))``, m the effective number of ratios; None below 50 levels.
@@ -54,13 +54,15 @@ class LevelStatistics:
         p_value: probability of such a distance or more for GOE levels that went through the same procedure, simulated;
             between 1e-4, which stands for "p < 1e-4", and 1. Several spectra: Cauchy combination.
         brody: Brody's exponent by maximum likelihood. GOE has .957, not 1; independent levels 0.
-        brody_goe: mean and standard deviation of ``brody`` for GOE spectra of this length.
+        brody_goe: mean and standard deviation of ``brody`` for as many GOE levels.
+        brody_poisson: the same for independent levels.
         spacing_variance: variance of the unfolded spacings (mean 1): .286 for GOE, 1 for independent levels.
         number_variance: variance of the number of levels in 3 and in 10 mean spacings, from 400 levels in a run on: .67 and
             .91 for GOE.
         rigidity: Delta_3 over 15 mean spacings, from 400 levels in a run on: .274 for GOE, 1 for independent levels.
         levels: levels kept, over all spectra.
         spectra: spectra pooled.
+        outliers: eigenvalues left out since they stand apart at either end, by the rule of `Spectrum.outliers`.
         dropped: levels left out: at zero, or where neighbours are too near for the noise.
         unused: levels left out because what was dropped leaves them in runs of fewer than 20.
         degenerate: levels collapsed into a neighbour.
@@ -82,11 +84,13 @@ class LevelStatistics:
     p_value: float | None
     brody: float | None
     brody_goe: tuple[float, float] | None
+    brody_poisson: tuple[float, float] | None
     spacing_variance: float | None
     number_variance: tuple[float, float] | None
     rigidity: float | None
     levels: int
     spectra: int
+    outliers: int
     dropped: int
     unused: int
     degenerate: int
@@ -114,8 +118,10 @@ class LevelStatistics:
         missing = known - {"notes"} - set(plain)
         if missing:
             raise ValueError(f"these are not saved level statistics: {', '.join(sorted(missing))} missing")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k in known}
-        return cls(**values)
+        members: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in plain.items() if key in known
+        }
+        return cls(**members)
 
 
 def level_statistics(
@@ -181,10 +187,21 @@ def level_statistics(
     else:
         z_goe = (ratio - GOE_RATIO) / (GOE_RATIO_SD / math.sqrt(effective))
         z_poisson = (ratio - POISSON_RATIO) / (POISSON_RATIO_SD / math.sqrt(effective))
-        numbers, more = _distribution(cuts)
+        numbers, more = _distribution(cuts, effective)
         notes += more
-        p = numbers.get("p_value")
-        kind, words = verdict(Evidence(ratio, stderr, z_goe, z_poisson, p, levels, len(spectra), effective))
+        reference = numbers.get("brody_poisson")
+        evidence = Evidence(
+            spacing_ratio=ratio,
+            stderr=stderr,
+            z_goe=z_goe,
+            z_poisson=z_poisson,
+            brody_z_poisson=None if reference is None else (numbers["brody"] - reference[0]) / reference[1],
+            p_value=numbers.get("p_value"),
+            levels=levels,
+            spectra=len(spectra),
+            effective_ratios=effective,
+        )
+        kind, words = verdict(evidence)
         numbers |= {"z_goe": z_goe, "z_poisson": z_poisson, "detectable": detectable_difference(effective)}
     shares = [cut.noise_to_spacing for cut in cuts if cut.noise_to_spacing is not None]
     absent = dict.fromkeys(f.name for f in fields(LevelStatistics))
@@ -195,6 +212,7 @@ def level_statistics(
         "stderr": stderr,
         "levels": levels,
         "spectra": len(spectra),
+        "outliers": sum(cut.outliers for cut in cuts),
         "dropped": sum(cut.zeros + cut.crowded for cut in cuts),
         "unused": sum(cut.unused for cut in cuts),
         "degenerate": degenerate,
@@ -215,6 +233,8 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
     notes = []
     if zeros:
         notes.append(f"{zeros} levels within {max(cut.tau for cut in cuts):.2g} of zero dropped: below the noise floor")
+    if outliers := sum(cut.outliers for cut in cuts):
+        notes.append(f"{outliers} outliers left out: they stand apart, and have no common mean spacing with the rest")
     if crowded:
         notes.append(f"{crowded} levels dropped where the mean spacing is below 30 times what noise moves a level by")
     if unused:
@@ -224,27 +244,26 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _distribution(cuts: Sequence[Cut]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Statistics of the unfolded spacings, and why some are missing."""
-    spectra = [[unfold(run.levels) for run in cut.runs] for cut in cuts if cut.runs]
-    everything = np.concatenate([part for parts in spectra for part in parts])
+    spectra = [(np.concatenate([unfold(run.levels) for run in cut.runs]), cut.kept) for cut in cuts if cut.runs]
+    everything = np.concatenate([spacings for spacings, _ in spectra])
+    distances = [anderson_darling(spacings) for spacings, _ in spectra]
     found: dict[str, Any] = {
         "brody": brody_exponent(everything),
         "spacing_variance": float(everything.var()),
-        "anderson_darling": float(np.median([anderson_darling(np.concatenate(parts)) for parts in spectra])),
+        "anderson_darling": float(np.median(distances)),
     }
     notes = []
-    tested = [
-        (np.concatenate(parts), cut.kept) for parts, cut in zip(spectra, [c for c in cuts if c.runs], strict=True)
-    ]
-    tested = [(spacings, k) for spacings, k in tested if null.in_table(k)]
+    tested = [(distance, k) for distance, (_, k) in zip(distances, spectra, strict=True) if null.in_table(k)]
     if tested:
-        found["p_value"] = max(
-            null.SMALLEST_P, combine_p_values([null.p_value(anderson_darling(s), k) for s, k in tested])
-        )
-        goe = null.goe_moments("brody", round(float(np.mean([k for _, k in tested]))))
-        if len(spectra) == 1:
-            found["brody_goe"] = (goe.mean, goe.sd)
+        p = combine_p_values([null.p_value(distance, k) for distance, k in tested])
+        found["p_value"] = max(null.SMALLEST_P, p)
+        typical = round(float(np.mean([k for _, k in tested])))
+        share = math.sqrt(typical / effective)  # of one spectrum's standard deviation
+        for name, key in (("brody", "brody_goe"), ("brody_poisson", "brody_poisson")):
+            reference = null.moments(name, typical)
+            found[key] = (reference.mean, reference.sd * share)
     else:
         notes.append(f"no p-value: its null is known for {null.SIZES[0]} to {null.SIZES[-1]} levels in a spectrum")
     long = [run.levels for cut in cuts for run in cut.runs if run.levels.size >= null.LONG_RANGE_LEVELS]

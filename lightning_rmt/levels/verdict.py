@@ -8,9 +8,9 @@ from typing import Literal
 
 from lightning_rmt.levels.spacings import GOE_RATIO, GOE_RATIO_SD
 
-#: ``repel``: as GOE levels do, unlike independent ones. ``no_repulsion``: as independent levels, or as four and more blocks
-#: laid over each other. ``intermediate``: neither. ``regular``: more evenly spaced than GOE. ``insufficient``: too few
-#: levels to tell. ``degenerate``: too many collapsed pairs.
+#: ``repel``: as GOE levels do, unlike independent ones. ``no_repulsion``: as independent levels, or as four and more
+#: blocks laid over each other. ``intermediate``: neither. ``regular``: more evenly spaced than GOE. ``insufficient``: too
+#: few levels to tell. ``degenerate``: too many collapsed pairs.
 VerdictKind = Literal["repel", "no_repulsion", "intermediate", "regular", "insufficient", "degenerate"]
 
 #: Fewest levels for a verdict: with 50, three Poisson spectra in four are told from GOE.
@@ -26,12 +26,18 @@ _SMALLEST_P = 1e-4
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict is made from: see the attributes of the same names of `LevelStatistics`."""
+    """What a verdict is made from: see the attributes of the same names of `LevelStatistics`.
+
+    ``brody_z_poisson`` is how many standard deviations Brody's exponent is above that of independent levels. It is the
+    sharper of the two: two blocks of 300 levels laid over each other are told from independent levels by their ratio in
+    about six of ten cases, by the exponent nearly always.
+    """
 
     spacing_ratio: float
     stderr: float
     z_goe: float
     z_poisson: float
+    brody_z_poisson: float | None
     p_value: float | None
     levels: int
     spectra: int
@@ -68,7 +74,8 @@ def p_words(p: float) -> str:
 
 
 def _judge(evidence: Evidence) -> tuple[VerdictKind, str]:
-    below_goe, above_poisson = evidence.z_goe < -Z_LIMIT, evidence.z_poisson > Z_LIMIT
+    below_goe = evidence.z_goe < -Z_LIMIT
+    above_poisson = max(evidence.z_poisson, evidence.brody_z_poisson or 0.0) > Z_LIMIT
     misfit = evidence.p_value is not None and evidence.p_value < P_LIMIT
     if evidence.z_goe > Z_LIMIT:
         return "regular", "more regular than GOE"
