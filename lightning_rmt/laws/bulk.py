@@ -34,8 +34,10 @@ class BulkMoments:
         whole: of the bulk, its atom at zero included.
         continuous: of the bulk without the atom, rescaled to mass 1.
         zero_mass: share of the bulk at zero.
+        zero_error: standard error of that share.
     """
 
     whole: FreeCumulantsOf
     continuous: FreeCumulantsOf
     zero_mass: float
+    zero_error: float = 0.0

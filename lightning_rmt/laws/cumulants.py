@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,13 +64,18 @@ class MeasuredMoments:
     frame: Frame
     values: NDArray[np.float64]
 
+    @cached_property
+    def zero_error(self) -> float:
+        """Standard error of the mass at zero."""
+        return float(np.sqrt(self.bulk.covariance(lambda x: self.bulk.is_zero(x)[None, :].astype(float))[0, 0]))
+
     def moments(self, values: NDArray[np.float64] | None = None) -> BulkMoments:
         """What families are fitted to, of these values or of others near them."""
         of = self.values if values is None else values
         zero = float(of[4]) if self.bulk.zero_mass > 0 else 0.0
         origin = self.frame.powers(np.zeros(1))[:, 0]
         whole = self.frame.cumulants((1 - zero) * of[:4] + zero * origin)
-        return BulkMoments(whole, self.frame.cumulants(of[:4]), zero)
+        return BulkMoments(whole, self.frame.cumulants(of[:4]), zero, self.zero_error)
 
     def influences(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """How much each value moves with the mass of an eigenvalue at x, shape (5, j): the mean of this is zero."""

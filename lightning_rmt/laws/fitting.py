@@ -18,8 +18,10 @@ from lightning_rmt.laws.parameters import parameters_of, with_parameter
 from lightning_rmt.spectra.moments import Estimate
 from lightning_rmt.spectra.spectrum import Spectrum
 
-#: Derivatives are differences over so many standard errors to either side.
+#: Derivatives by the measured values are differences over so many standard errors to either side.
 NUDGE = 0.1
+#: Those of the law by its parameters are over a whole one: beyond an edge a law changes with the next edge only.
+LAW_NUDGE = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +65,7 @@ def fit_law(family: type[Law], measured: Measured) -> Fit:
     at = comparison(law, bulk)
     nodes, weights = bulk.pooled(at.zeros)
     frame = Frame(float(weights @ nodes), math.sqrt(float(weights @ (nodes - weights @ nodes) ** 2)))
-    distance, each = law_distance(law, bulk, at)
-    distance, each = distance / frame.unit, each / frame.unit
+    distance = law_distance(law, bulk, at) / frame.unit
 
     values = parameters_of(law)
     jacobian = _jacobian(family, law, moments)
@@ -76,10 +77,7 @@ def fit_law(family: type[Law], measured: Measured) -> Fit:
     moved = np.array([np.interp(measured.bounds.x, middle, response) for response, _ in responses])
     uncertain = np.sqrt(np.einsum("ix,ij,jx->x", moved, np.nan_to_num(covariance), moved).clip(0))
 
-    if len(each) > 1:
-        stderr = float(each.std(ddof=1) / math.sqrt(len(each)))
-    else:
-        stderr = _distance_error(law, moments, at, distance, frame, jacobian, [r[0] for r in responses])
+    stderr = _distance_error(law, moments, at, distance, frame, jacobian, [response for response, _ in responses])
     return Fit(
         law=law,
         distance=distance,
@@ -130,12 +128,12 @@ def _responses(law: Law, name: str, error: float, at: Comparison, frame: Frame) 
         if not error > 0:  # not random, or unknown
             break
         try:
-            near = with_parameter(law, name, value + sign * NUDGE * error)
+            near = with_parameter(law, name, value + sign * LAW_NUDGE * error)
             shares = np.mean(at.law_at(near), axis=0)
         except ValueError:
             continue
         if (near.atom > 0) == (law.atom > 0):
-            ends.append((sign * NUDGE * error, shares, _fourth(near, frame)))
+            ends.append((sign * LAW_NUDGE * error, shares, _fourth(near, frame)))
     if len(ends) < 2:
         return np.zeros(at.cells.size), 0.0
     (first, low, low4), (last, high, high4) = ends[0], ends[-1]
@@ -151,7 +149,7 @@ def _distance_error(
     jacobian: NDArray[np.float64],
     responses: list[NDArray[np.float64]],
 ) -> float:
-    """Standard error of the distance from one probe.
+    """Standard error of the distance, also over several probes: the spread of theirs isn't that of their mean's.
 
     The distance is ``int |F - F_law| / sd``. Mass at lambda moves F beyond lambda by itself, F_law through
     the parameters, and the standard deviation; where F crosses F_law the sign stays as it is.

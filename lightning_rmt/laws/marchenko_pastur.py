@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_rmt.laws.bulk import BulkMoments, FreeCumulantsOf, NoFitError
 from lightning_rmt.laws.law import Law
 
-#: The atom at zero is taken for the law's own where it holds the eigenvalues that this law would put there, to this share.
-OWN_ATOM = 0.05
+#: The atom at zero is taken for the law's own where its mass is the one that this law has, to so many standard errors and
+#: this share of all eigenvalues.
+OWN_ERRORS, OWN_SHARE = 2.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class MarchenkoPastur(Law):
         """
         if bulk.zero_mass > 0:
             whole = cls._with_cumulants(bulk.whole)
-            if abs((1 - whole.atom) / (1 - bulk.zero_mass) - 1) <= OWN_ATOM:
+            if abs(whole.atom - bulk.zero_mass) <= OWN_ERRORS * bulk.zero_error + OWN_SHARE:
                 return whole
         return cls._with_cumulants(bulk.continuous)
 

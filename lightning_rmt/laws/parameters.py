@@ -60,7 +60,7 @@ def law_from_dict(saved: dict[str, Any]) -> Law:
         raise ValueError(f"this saved {name} is damaged: {error}") from error
 
 
-def _all_below(family: type) -> list[type[Law]]:
+def _all_below(family: Any) -> list[type[Law]]:
     found: list[type[Law]] = []
     direct: Sequence[type[Law]] = family.__subclasses__()
     for below in direct:
