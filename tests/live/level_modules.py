@@ -57,7 +57,8 @@ class Spy(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step - 1
-        self.states[step] = copy.deepcopy(pl_module.state_dict())
+        whole = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in pl_module.state_dict().items()}
+        self.states[step] = copy.deepcopy(whole)  # gathered where it is sharded
 
     def levels(self, module: Any, step: int, names: list[str], count: int = 1, keep: int | None = None) -> np.ndarray:
         """Levels of the named parameters on each of the last `count` batches, shape (count, size)."""
