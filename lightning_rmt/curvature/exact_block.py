@@ -80,11 +80,12 @@ class BlockHessian:
         self._found: list[Tensor] = []
 
     def seconds_per_row(self) -> float:
-        """Takes the first rows, which are kept, and says how long one took, after one that isn't timed."""
-        self._take(1)  # the first vectorised pass of a process imports what it needs
+        """Takes the first rows, which are kept, and says how long one took."""
+        with differentiable():
+            self._rows.take(0, 1)  # thrown away: the first vectorised pass of a process imports what it needs
         begin = time.perf_counter()
-        self._take(min(1 + CHUNK, self.size))
-        return (time.perf_counter() - begin) / max(self._count - 1, 1)
+        self._take(min(CHUNK, self.size))  # as `levels` would, so that the rows are bitwise the same
+        return (time.perf_counter() - begin) / self._count
 
     def levels(self, keep: int | None = None) -> ExactLevels:
         """Forms and decomposes the block of the first ``keep`` coordinates (None: all of them).

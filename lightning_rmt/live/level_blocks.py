@@ -39,7 +39,7 @@ class LevelBlock:
 
     def slices(self, module: nn.Module) -> list[Slice]:
         """The block in terms of the live parameters."""
-        named = dict(module.named_parameters())
+        named = dict(module.named_parameters(remove_duplicate=False))
         return [Slice(name, named[name], shape) for name, shape in self.pieces]
 
     def describe(self, slices: Sequence[Slice], keep: int) -> str:
@@ -79,7 +79,7 @@ def refuse_unusable_levels(module: Any, levels: Sequence[str] | str | None, para
 
 
 def _frozen(module: nn.Module, pattern: str) -> bool:
-    found = [p for name, p in module.named_parameters() if _matches(name, pattern)]
+    found = [p for name, p in module.named_parameters(remove_duplicate=False) if _matches(name, pattern)]
     return bool(found) and not any(p.requires_grad for p in found)
 
 
@@ -122,7 +122,9 @@ def named_block(module: nn.Module, pattern: str, parameters: Sequence[str] | Non
         ValueError: none matches.
     """
     trainable = select_parameters(module.named_parameters(), parameters)
-    chosen = [(n, p) for n, p in trainable if _matches(n, pattern)]
+    known = {id(p) for _, p in trainable}
+    every_name = module.named_parameters(remove_duplicate=False)  # a tied weight goes by any of its names
+    chosen = list({id(p): (n, p) for n, p in every_name if id(p) in known and _matches(n, pattern)}.values())
     if not chosen and _frozen(module, pattern):
         raise ValueError(f"{pattern!r} matches only frozen parameters (requires_grad=False)")
     if not chosen:

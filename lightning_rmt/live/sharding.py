@@ -73,7 +73,7 @@ def _idle(state: Any) -> None:
     state._training_state = idle
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
-    state._comm_ctx.post_forward_order.clear()
+    getattr(state._comm_ctx, "post_forward_order", []).clear()  # a part that was never run has none yet
     for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
         if group is not None:
             group._training_state = idle

@@ -1,17 +1,22 @@
-"""Modules for level statistics, and the dense Hessian of a block of theirs as it was at a probe, from the definition."""
+"""Modules for level statistics, monitors that take them, and the dense Hessian of a block of theirs at a probe."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from live_models import CLASSES, Classifier
+from harness import Case, train
+from live_models import CLASSES, Classifier, vectors
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_rmt import SpectrumMonitor
+from lightning_rmt.curvature.kernels import twice_differentiable_kernels
 
 
 def headed() -> nn.Sequential:
@@ -24,11 +29,27 @@ class Headed(Classifier):
         super().__init__(headed())
 
 
+CASE = Case("headed", Headed, vectors)
+
+
+def monitor(**options: Any) -> SpectrumMonitor:
+    return SpectrumMonitor(
+        **{"every_n_steps": 6, "lanczos_steps": 4, "figures_every": 0, "on_error": "raise", **options}
+    )
+
+
+def note(watch: SpectrumMonitor) -> str:
+    """Why the last reading has no levels."""
+    assert watch.reading.levels == ()
+    (found,) = (n for n in watch.reading.notes if "no level statistics" in n)
+    return found
+
+
 class Spy(pl.Callback):
     """Copies of the module as it is when a monitor behind it measures, and of the batches before that, by step."""
 
     def __init__(self) -> None:
-        self.modules: dict[int, Any] = {}
+        self.states: dict[int, Any] = {}
         self.batches: list[Any] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -36,23 +57,37 @@ class Spy(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step - 1
-        self.modules[step] = [p.detach().clone() for p in pl_module.parameters()]
+        whole = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in pl_module.state_dict().items()}
+        self.states[step] = copy.deepcopy(whole)  # gathered where it is sharded
 
     def levels(self, module: Any, step: int, names: list[str], count: int = 1, keep: int | None = None) -> np.ndarray:
         """Levels of the named parameters on each of the last `count` batches, shape (count, size)."""
         twin = copy.deepcopy(module).double()
-        with torch.no_grad():
-            for p, value in zip(twin.parameters(), self.modules[step], strict=True):
-                p.copy_(value)
+        twin.load_state_dict(self.states[step])
         batches = self.batches[step + 1 - count : step + 1]
         return np.stack([dense_levels(twin, batch, names, keep) for batch in batches])
+
+
+def spied(directory: Path, watch: SpectrumMonitor, case: Case = CASE) -> Spy:
+    """Trains with a spy in front of the monitor, and nothing else changed by either."""
+    spy = Spy()
+    train(replace(case, trainer=lambda: {**case.trainer(), "callbacks": [spy]}), directory, watch)
+    return spy
+
+
+def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= 1e-12 * np.abs(theirs).max()
 
 
 def dense_levels(module: nn.Module, batch: Any, names: list[str], keep: int | None = None) -> np.ndarray:
     """Row by row; the module is double."""
     x, y = batch
     block = [dict(module.named_parameters())[name] for name in names]
-    with sdpa_kernel(SDPBackend.MATH):
+    for m in module.modules():
+        if isinstance(m, nn.Embedding):
+            m.sparse, m.max_norm = False, None
+    with twice_differentiable_kernels():  # tested on their own; the usual ones err in weight normalisation
         loss = F.cross_entropy(module(x.double() if x.is_floating_point() else x), y)
         gradients = torch.autograd.grad(loss, block, create_graph=True)
         flat = torch.cat([g.reshape(-1) for g in gradients])[:keep]
@@ -91,8 +126,7 @@ class TinyGpt(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.wte(tokens)
-        rotations = self.rotations if x.dtype == torch.float32 else self.rotations.to(torch.complex128)
-        x = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotations).flatten(-2)
+        x = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * self.rotations).flatten(-2)
         for block in self.blocks:
             x = block(x)
         return self.lm_head(self.norm(x))[:, -1]
