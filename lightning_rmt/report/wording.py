@@ -6,6 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from lightning_rmt.levels.verdict import Z_LIMIT
+
 if TYPE_CHECKING:
     from lightning_rmt.laws.fit import Fit
     from lightning_rmt.laws.ranking import Ranking
@@ -121,6 +123,8 @@ def level_words(scope: str, found: LevelStatistics) -> str:
         "regular": "levels more regular than GOE",
         "degenerate": "degenerate levels",
     }[found.verdict_kind]
+    if found.verdict_kind == "intermediate" and found.z_goe is not None and found.z_goe > -Z_LIMIT:
+        said = "ratio as GOE's, but not the spacings"
     ratio = with_error(found.spacing_ratio, found.stderr)
     return f"{scope}: {said}, spacing ratio {ratio} (GOE 0.531, Poisson 0.386)"
 
