@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -119,6 +119,19 @@ class Spectrum:
         """Certified negative eigenvalues, lowest first, up to the first that isn't certified; a degenerate one once."""
         mirrored = None if self._levels is None else self._levels.mirrored()
         return tuple(Level(-v.value, v.residual, v.certified) for v in _certified_prefix(mirrored))
+
+    def spacing_run(self, side: Literal["high", "low"]) -> NDArray[np.float64]:
+        """Consecutive eigenvalues from one end, outermost first, known to 0.02 of their spacing; outliers among them.
+
+        The only Ritz values whose spacings mean something: see ``lightning_rmt.levels.edge_statistics``.
+        """
+        if side not in ("high", "low"):
+            raise ValueError(f"side is 'high' or 'low', got {side!r}")
+        if self._levels is None:
+            return np.empty(0)
+        levels = self._levels if side == "high" else self._levels.mirrored()
+        found = levels.values[::-1][: levels.spacing_run()]
+        return found.copy() if side == "high" else -found
 
     # --- what stands apart ----------------------------------------------------------------------------------------
 
