@@ -15,6 +15,7 @@ from lightning_rmt.laws.ranking import CLOSED_FORM, Ranking, rank_laws
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
+from lightning_rmt.levels.verdict import FEWEST_LEVELS
 from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -96,9 +97,9 @@ class Reading:
         """
         found = {block.name: block.statistics for block in self.levels}
         if not self.light and self.product == "exact":
-            edges = {"edge_top": edge_statistics(self.spectrum, "high")}
-            edges["edge_bottom"] = edge_statistics(self.spectrum, "low")
-            found |= {name: edge for name, edge in edges.items() if isinstance(edge, LevelStatistics)}
+            edges = {"edge_top": edge_statistics(self.spectrum, "high", exact_products=True)}
+            edges["edge_bottom"] = edge_statistics(self.spectrum, "low", exact_products=True)
+            found |= {name: edge for name, edge in edges.items() if edge.levels >= FEWEST_LEVELS}
         return found
 
     def save(self, path: str | Path) -> None:

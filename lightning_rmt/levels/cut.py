@@ -75,7 +75,12 @@ class Cut:
 
 
 def cut_levels(
-    eigenvalues: NDArray[np.float64], noise: float, eps: float, size: int | None = None, norm: float | None = None
+    eigenvalues: NDArray[np.float64],
+    noise: float,
+    eps: float,
+    size: int | None = None,
+    norm: float | None = None,
+    keep_outliers: bool = False,
 ) -> Cut:
     """Leaves out what noise could have arranged.
 
@@ -95,6 +100,7 @@ def cut_levels(
         eps: machine epsilon of the computation that gave them.
         size: dimension of the operator, None for ``n`` (all eigenvalues are here).
         norm: its spectral norm, None for the largest magnitude here.
+        keep_outliers: don't look for outliers.
     """
     n = eigenvalues.size
     dimension = max(n, 1) if size is None else size
@@ -106,7 +112,7 @@ def cut_levels(
     index = np.arange(n)
     ranks = np.where(eigenvalues > 0, n - 1 - index, -1 - index)
     is_zero = np.abs(eigenvalues) <= tau
-    low, high = _outliers(eigenvalues, max(noise, 20 * eps * norm))
+    low, high = (0, 0) if keep_outliers else _outliers(eigenvalues, max(noise, 20 * eps * norm))
     apart_from_rest = ((index < low) | (index >= n - high)) & ~is_zero
     pieces = _split(index, ~is_zero & ~apart_from_rest)
     crowded = degenerate = unused = 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_rmt.levels import null
+from lightning_rmt.levels import reference
 from lightning_rmt.levels.arguments import spectra_from
 from lightning_rmt.levels.cut import SHORTEST_RUN, Cut, cut_levels
 from lightning_rmt.levels.dependence import combine_p_values, effective_number, index_correlation
@@ -130,6 +130,7 @@ def level_statistics(
     noise: float | None = None,
     size: int | None = None,
     norm: float | None = None,
+    keep_outliers: bool = False,
     source: str = "exact",
 ) -> LevelStatistics:
     """How the eigenvalues of a symmetric matrix are spaced: as GOE levels, as independent ones, or otherwise.
@@ -147,6 +148,7 @@ def level_statistics(
             the rounding of ``eigvalsh`` in the dtype of the array.
         size: dimension of the operator, where these aren't all eigenvalues.
         norm: its spectral norm, likewise.
+        keep_outliers: don't look for outliers: the caller has removed them, or wants them in.
         source: kept in the result.
 
     Raises:
@@ -161,7 +163,7 @@ def level_statistics(
     if noise is not None and not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise is a norm, finite and not negative, got {noise}")
     spectra, eps = spectra_from(eigenvalues)
-    cuts = [cut_levels(levels, noise or 0.0, eps, size, norm) for levels in spectra]
+    cuts = [cut_levels(levels, noise or 0.0, eps, size, norm, keep_outliers) for levels in spectra]
     ratios = [[spacing_ratios(run.levels) for run in cut.runs] for cut in cuts]
     used = [np.concatenate(parts) for parts in ratios if parts]
     ranks = [np.concatenate([run.ranks[1:-1] for run in cut.runs]) for cut in cuts if cut.runs]
@@ -189,13 +191,13 @@ def level_statistics(
         z_poisson = (ratio - POISSON_RATIO) / (POISSON_RATIO_SD / math.sqrt(effective))
         numbers, more = _distribution(cuts, effective)
         notes += more
-        reference = numbers.get("brody_poisson")
+        poisson = numbers.get("brody_poisson")
         evidence = Evidence(
             spacing_ratio=ratio,
             stderr=stderr,
             z_goe=z_goe,
             z_poisson=z_poisson,
-            brody_z_poisson=None if reference is None else (numbers["brody"] - reference[0]) / reference[1],
+            brody_z_poisson=None if poisson is None else (numbers["brody"] - poisson[0]) / poisson[1],
             p_value=numbers.get("p_value"),
             levels=levels,
             spectra=len(spectra),
@@ -236,7 +238,9 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
     if outliers := sum(cut.outliers for cut in cuts):
         notes.append(f"{outliers} outliers left out: they stand apart, and have no common mean spacing with the rest")
     if crowded:
-        notes.append(f"{crowded} levels dropped where the mean spacing is below 30 times what noise moves a level by")
+        notes.append(
+            f"{crowded} levels dropped that coincide, or where spacings are below 30 times what noise moves a level by"
+        )
     if unused:
         notes.append(f"{unused} levels not used: in runs of fewer than {SHORTEST_RUN} between dropped ones")
     if degenerate:
@@ -255,28 +259,30 @@ def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any]
         "anderson_darling": float(np.median(distances)),
     }
     notes = []
-    tested = [(distance, k) for distance, (_, k) in zip(distances, spectra, strict=True) if null.in_table(k)]
+    tested = [(distance, k) for distance, (_, k) in zip(distances, spectra, strict=True) if reference.in_table(k)]
     if tested:
-        p = combine_p_values([null.p_value(distance, k) for distance, k in tested])
-        found["p_value"] = max(null.SMALLEST_P, p)
+        p = combine_p_values([reference.p_value(distance, k) for distance, k in tested])
+        found["p_value"] = max(reference.SMALLEST_P, p)
         typical = round(float(np.mean([k for _, k in tested])))
         share = math.sqrt(typical / effective)  # of one spectrum's standard deviation
         for name, key in (("brody", "brody_goe"), ("brody_poisson", "brody_poisson")):
-            reference = null.moments(name, typical)
-            found[key] = (reference.mean, reference.sd * share)
+            known = reference.moments(name, typical)
+            found[key] = (known.mean, known.sd * share)
     else:
-        notes.append(f"no p-value: its null is known for {null.SIZES[0]} to {null.SIZES[-1]} levels in a spectrum")
-    long = [run.levels for cut in cuts for run in cut.runs if run.levels.size >= null.LONG_RANGE_LEVELS]
+        notes.append(
+            f"no p-value: its null is known for {reference.SIZES[0]} to {reference.SIZES[-1]} levels in a spectrum"
+        )
+    long = [run.levels for cut in cuts for run in cut.runs if run.levels.size >= reference.LONG_RANGE_LEVELS]
     if long:
         found |= _long_range(long)
     else:
-        notes.append(f"no number variance or rigidity: they need {null.LONG_RANGE_LEVELS} consecutive levels")
+        notes.append(f"no number variance or rigidity: they need {reference.LONG_RANGE_LEVELS} consecutive levels")
     return found, tuple(notes)
 
 
 def _long_range(runs: Sequence[Vector]) -> dict[str, Any]:
     positions = [np.append(0.0, np.cumsum(unfold_trend(run))) for run in runs]
-    lengths = null.NUMBER_VARIANCE_LENGTHS
+    lengths = reference.NUMBER_VARIANCE_LENGTHS
     variances = [[number_variance(each, length) for length in lengths] for each in positions]
-    stiff = [rigidity(each, null.RIGIDITY_LENGTH) for each in positions]
+    stiff = [rigidity(each, reference.RIGIDITY_LENGTH) for each in positions]
     return {"number_variance": tuple(np.mean(variances, axis=0).tolist()), "rigidity": float(np.mean(stiff))}

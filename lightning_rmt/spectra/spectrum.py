@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
 from lightning_rmt.spectra import band, density, masses, moments, outliers
 from lightning_rmt.spectra.archive import read_arrays
-from lightning_rmt.spectra.bulk import Bulk, bulk_of
 from lightning_rmt.spectra.bulk_edge import coefficient_edge
 from lightning_rmt.spectra.density import Atom
 from lightning_rmt.spectra.levels import Level, RitzLevels, ritz_levels
@@ -121,23 +120,18 @@ class Spectrum:
         mirrored = None if self._levels is None else self._levels.mirrored()
         return tuple(Level(-v.value, v.residual, v.certified) for v in _certified_prefix(mirrored))
 
-    def resolved_levels(self, side: Literal["high", "low"]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Levels from one end inwards up to the first that isn't told from its neighbours, outermost first.
+    def spacing_run(self, side: Literal["high", "low"]) -> NDArray[np.float64]:
+        """Consecutive eigenvalues from one end, outermost first, known to 0.02 of their spacing; outliers among them.
 
-        Args:
-            side: ``"high"`` for the largest, ``"low"`` for the smallest.
-
-        Returns:
-            The levels, and their residuals as the iteration knows them; both empty without a reorthogonalised run.
+        The only Ritz values whose spacings mean something: see ``lightning_rmt.levels.edge_statistics``.
         """
+        if side not in ("high", "low"):
+            raise ValueError(f"side is 'high' or 'low', got {side!r}")
         if self._levels is None:
-            return np.empty(0), np.empty(0)
-        if side == "high":
-            inwards = slice(None, None, -1)
-            count = self._levels.resolved_high
-        else:
-            inwards, count = slice(None), self._levels.resolved_low
-        return self._levels.values[inwards][:count], self._levels.residuals[inwards][:count]
+            return np.empty(0)
+        levels = self._levels if side == "high" else self._levels.mirrored()
+        found = levels.values[::-1][: levels.spacing_run()]
+        return found.copy() if side == "high" else -found
 
     # --- what stands apart ----------------------------------------------------------------------------------------
 
@@ -181,11 +175,6 @@ class Spectrum:
         """Free cumulants of the bulk; outliers are removed where they could be counted."""
         apart = np.concatenate([self.outliers.high.values, self.outliers.low.values])
         return moments.free_cumulants(self._quadrature, apart)
-
-    @cached_property
-    def bulk(self) -> Bulk:
-        """What is left without the outliers, where they could be counted."""
-        return bulk_of(self._quadrature, self.outliers, self._zero)
 
     # --- the distribution -----------------------------------------------------------------------------------------
 
