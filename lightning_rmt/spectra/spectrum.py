@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
 from lightning_rmt.spectra import band, density, masses, moments, outliers
 from lightning_rmt.spectra.archive import read_arrays
+from lightning_rmt.spectra.bulk import Bulk, bulk_of
 from lightning_rmt.spectra.bulk_edge import coefficient_edge
 from lightning_rmt.spectra.density import Atom
 from lightning_rmt.spectra.levels import Level, RitzLevels, ritz_levels
@@ -175,6 +176,11 @@ class Spectrum:
         """Free cumulants of the bulk; outliers are removed where they could be counted."""
         apart = np.concatenate([self.outliers.high.values, self.outliers.low.values])
         return moments.free_cumulants(self._quadrature, apart)
+
+    @cached_property
+    def bulk(self) -> Bulk:
+        """What is left without the outliers, where they could be counted."""
+        return bulk_of(self._quadrature, self.outliers, self._zero)
 
     # --- the distribution -----------------------------------------------------------------------------------------
 
