@@ -74,14 +74,15 @@ def simulate(k: int, count: int, rng: np.random.Generator) -> dict[str, NDArray[
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def build(counts: dict[int, int]) -> dict[str, NDArray[np.float64]]:
+def build(counts: dict[int, int], sizes: tuple[int, ...] = SIZES) -> dict[str, NDArray[np.float64]]:
     """The table: quantiles of shape (sizes, tails), and mean and sd of the others, shape (sizes, 2).
 
     Args:
         counts: windows to simulate, by the smallest size that gets so few.
+        sizes: levels in a window.
     """
     quantiles, rows = [], []
-    for k in SIZES:
+    for k in sizes:
         count = counts[max(size for size in counts if size <= k)]
         rng = np.random.default_rng([_SEED, k])
         found = simulate(k, count, rng)

@@ -239,7 +239,7 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
         notes.append(f"{outliers} outliers left out: they stand apart, and have no common mean spacing with the rest")
     if crowded:
         notes.append(
-            f"{crowded} levels dropped that coincide, or where spacings are below 30 times what noise moves a level by"
+            f"{crowded} levels dropped that coincide, or where spacings are below 30 times what noise moves them by"
         )
     if unused:
         notes.append(f"{unused} levels not used: in runs of fewer than {SHORTEST_RUN} between dropped ones")
