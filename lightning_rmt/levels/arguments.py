@@ -29,9 +29,10 @@ def spectra_from(eigenvalues: ArrayLike | Sequence[ArrayLike]) -> tuple[list[NDA
     """
     if isinstance(eigenvalues, Spectrum | Tridiagonal | RitzLevels):
         raise TypeError(f"level_statistics got a {type(eigenvalues).__name__}. {_RITZ}")
+    several = isinstance(eigenvalues, list | tuple)
+    if several and any(isinstance(part, Spectrum | Tridiagonal | RitzLevels) for part in eigenvalues):
+        raise TypeError(f"level_statistics got a list of Ritz values. {_RITZ}")
     if isinstance(eigenvalues, list | tuple) and any(np.ndim(part) > 0 for part in eigenvalues):
-        if any(isinstance(part, Spectrum | Tridiagonal | RitzLevels) for part in eigenvalues):
-            raise TypeError(f"level_statistics got {type(eigenvalues[0]).__name__}s. {_RITZ}")
         checked = [_vector(part, f"spectrum {i}") for i, part in enumerate(eigenvalues)]
     else:
         whole = np.asarray(eigenvalues)

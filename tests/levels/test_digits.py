@@ -52,7 +52,10 @@ def readings():
 def test_trained_levels_repel(readings):
     trained = readings["trained"]
     assert trained.spacing_ratio == pytest.approx(0.527, abs=0.01)
-    assert trained.verdict_kind == "repel"
+    assert trained.z_poisson > 20
+    # 13 000 levels show a difference of .012: with the seed, these are at the verge of being told from GOE.
+    assert trained.verdict_kind in ("repel", "intermediate")
+    assert trained.z_goe > -4
     assert trained.spectra == BATCHES
     assert trained.levels > 10_000
     assert trained.dropped > 4000  # a softmax doesn't see a shift of all scores, nor a pixel that is always dark
