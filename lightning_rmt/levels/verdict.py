@@ -88,10 +88,10 @@ def _judge(evidence: Evidence) -> tuple[VerdictKind, str]:
     if misfit and above_poisson:
         return (
             "intermediate",
-            "intermediate (the ratio is consistent with GOE, the distribution of unfolded spacings is not)",
+            "intermediate (the ratio is consistent with GOE, the unfolded spacings aren't)",
         )
     if misfit:
-        return "intermediate", "intermediate (the ratio can't tell, the distribution of unfolded spacings is not GOE's)"
+        return "intermediate", "intermediate (the ratio can't tell, the unfolded spacings aren't GOE's)"
     if above_poisson:
         return "repel", "levels repel (consistent with GOE, excludes Poisson)"
     return "insufficient", f"insufficient levels (the ratio, {GOE_RATIO} for GOE, excludes neither GOE nor Poisson)"
