@@ -29,10 +29,11 @@ def spectra_from(eigenvalues: ArrayLike | Sequence[ArrayLike]) -> tuple[list[NDA
     """
     if isinstance(eigenvalues, Spectrum | Tridiagonal | RitzLevels):
         raise TypeError(f"level_statistics got a {type(eigenvalues).__name__}. {_RITZ}")
-    if isinstance(eigenvalues, list | tuple) and any(np.ndim(part) > 0 for part in eigenvalues):
-        if any(isinstance(part, Spectrum | Tridiagonal | RitzLevels) for part in eigenvalues):
-            raise TypeError(f"level_statistics got {type(eigenvalues[0]).__name__}s. {_RITZ}")
-        checked = [_vector(part, f"spectrum {i}") for i, part in enumerate(eigenvalues)]
+    parts: Sequence[Any] = eigenvalues if isinstance(eigenvalues, list | tuple) else ()
+    if any(isinstance(part, Spectrum | Tridiagonal | RitzLevels) for part in parts):
+        raise TypeError(f"level_statistics got a list of Ritz values. {_RITZ}")
+    if any(np.ndim(part) > 0 for part in parts):
+        checked = [_vector(part, f"spectrum {i}") for i, part in enumerate(parts)]
     else:
         whole = np.asarray(eigenvalues)
         if whole.ndim == 2 and _is_matrix(whole):

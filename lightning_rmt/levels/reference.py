@@ -1,8 +1,8 @@
 """What the statistics are for GOE and for independent levels: the table that ``null`` has simulated.
 
-Tail probabilities are simulated down to .002 and continued as an exponential to 1e-4. From 2000 repetitions of the
-procedure on, their own error is a tenth or less; beyond 1600 levels the quantiles at .01 and further out rest on 1000
-windows.
+Tail probabilities are simulated down to .002 and continued as an exponential to 1e-4. They rest on 20 000 windows for each
+size up to 140 levels, 8000 up to 400, 3000 up to 800, 1000 up to 1600 and 400 beyond, smoothed over the sizes from 200 on:
+p = .01 is good to some 7 % of itself at 100 levels, 10 % at 400 and 20 % at 4000.
 """
 
 from __future__ import annotations
@@ -17,28 +17,11 @@ from numpy.typing import NDArray
 #: Levels for which the null was simulated; in between it is interpolated in log k.
 SIZES = (25, 35, 50, 70, 100, 140, 200, 280, 400, 560, 800, 1130, 1600, 2260, 3200, 4096)
 #: Upper tail probabilities at which quantiles of the Anderson-Darling statistic are kept.
+# fmt: off
 TAILS = (
-    0.999,
-    0.99,
-    0.95,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.3,
-    0.2,
-    0.15,
-    0.1,
-    0.07,
-    0.05,
-    0.03,
-    0.02,
-    0.01,
-    0.005,
-    0.002,
+    0.999, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002
 )
+# fmt: on
 #: The smallest p that is given as a number. Below the last of `TAILS` the tail is continued as an exponential.
 SMALLEST_P = 1e-4
 #: Fewest levels for number variance and rigidity, and their windows in mean spacings.

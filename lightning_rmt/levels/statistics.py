@@ -179,13 +179,14 @@ def level_statistics(
 
     numbers: dict[str, Any] = {}
     kind: VerdictKind = "insufficient"
-    enough = levels >= FEWEST_LEVELS and effective >= FEWEST_LEVELS - 2 * sum(len(cut.runs) for cut in cuts)
+    ratios_in_all = sum(part.size for part in used)
+    worth = levels * effective / ratios_in_all if ratios_in_all else 0.0  # in independent levels
     if degenerate > LARGEST_DEGENERATE * max(levels, 1) and levels >= FEWEST_LEVELS:
         kind = "degenerate"
         words = f"no statistics: {degenerate} of {levels + degenerate} levels coincide with a neighbour (2 % allowed)"
         ratio = stderr = None
-    elif not enough or ratio is None or stderr is None:
-        words = insufficient(levels if effective == 0 or correlation == 0 else round(effective))
+    elif worth < FEWEST_LEVELS - 0.5 or ratio is None or stderr is None:
+        words = insufficient(levels if correlation == 0 else round(worth))
     else:
         z_goe = (ratio - GOE_RATIO) / (GOE_RATIO_SD / math.sqrt(effective))
         z_poisson = (ratio - POISSON_RATIO) / (POISSON_RATIO_SD / math.sqrt(effective))
@@ -239,7 +240,7 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
         notes.append(f"{outliers} outliers left out: they stand apart, and have no common mean spacing with the rest")
     if crowded:
         notes.append(
-            f"{crowded} levels dropped that coincide, or where spacings are below 30 times what noise moves a level by"
+            f"{crowded} levels dropped that coincide, or where spacings are below 30 times what noise moves them by"
         )
     if unused:
         notes.append(f"{unused} levels not used: in runs of fewer than {SHORTEST_RUN} between dropped ones")

@@ -86,9 +86,12 @@ def _judge(evidence: Evidence) -> tuple[VerdictKind, str]:
     if below_goe:
         return "intermediate", "intermediate (levels repel less than GOE's, and more than Poisson's)"
     if misfit and above_poisson:
-        return "intermediate", "intermediate (the ratio is consistent with GOE, the distribution of spacings is not)"
+        return (
+            "intermediate",
+            "intermediate (the ratio is consistent with GOE, the unfolded spacings aren't)",
+        )
     if misfit:
-        return "intermediate", "intermediate (the ratio can't tell, the distribution of spacings is not GOE's)"
+        return "intermediate", "intermediate (the ratio can't tell, the unfolded spacings aren't GOE's)"
     if above_poisson:
         return "repel", "levels repel (consistent with GOE, excludes Poisson)"
     return "insufficient", f"insufficient levels (the ratio, {GOE_RATIO} for GOE, excludes neither GOE nor Poisson)"
