@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_rmt.laws.bulk import BulkMoments, FreeCumulantsOf, NoFitError
 from lightning_rmt.laws.law import Law
 
-#: The atom at zero is taken for the law's own where its mass is the one that this law has, to so many standard errors and
-#: this share of all eigenvalues.
-OWN_ERRORS, OWN_SHARE = 2.5, 0.01
+#: The zeros are taken for the law's own where they are as many as the rest would have, to so many standard errors of their
+#: mass. Those of the rest's ratio are about twice as large, and come on top.
+OWN_ZEROS = 5.0
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class MarchenkoPastur(Law):
         Raises:
             NoFitError: the mean isn't positive.
         """
-        if bulk.zero_mass > 0:
+        rest = cls._with_cumulants(bulk.continuous)
+        if bulk.zero_mass > 0 and abs(1 - rest.ratio - bulk.zero_mass) <= OWN_ZEROS * bulk.zero_error:
             whole = cls._with_cumulants(bulk.whole)
-            if abs(whole.atom - bulk.zero_mass) <= OWN_ERRORS * bulk.zero_error + OWN_SHARE:
-                return whole
-        return cls._with_cumulants(bulk.continuous)
+            return whole if whole.atom > 0 else rest
+        return rest
 
     @classmethod
     def _with_cumulants(cls, of: FreeCumulantsOf) -> MarchenkoPastur:

@@ -54,7 +54,7 @@ def test_impossible_parameters_are_refused(ratio, scale):
 def bulk_of(k1, k2, zero_mass=0.0):
     whole = FreeCumulantsOf(k1, k2, 0.0, 0.0)
     m1, m2 = k1 / (1 - zero_mass), (k2 + k1**2) / (1 - zero_mass)
-    return BulkMoments(whole, FreeCumulantsOf(m1, m2 - m1**2, 0.0, 0.0), zero_mass)
+    return BulkMoments(whole, FreeCumulantsOf(m1, m2 - m1**2, 0.0, 0.0), zero_mass, 0.01)
 
 
 def test_its_own_zeros_belong_to_it():
