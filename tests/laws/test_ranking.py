@@ -10,6 +10,7 @@ from measured_cases import measured, product_wishart, quantiles, spectrum_of
 
 from lightning_rmt.laws import MarchenkoPastur, Ranking, Semicircle, WishartPlusWigner, rank_laws
 from lightning_rmt.laws.cumulants import measured_moments
+from lightning_rmt.laws.ranking import CLOSED_FORM
 
 #: Family, its eigenvalues at n, and the families that it is told from. To be extended by a line a family.
 TOLD_APART = [
@@ -74,11 +75,11 @@ def test_nothing_is_recommended_where_nothing_fits():
 def test_distances_are_ascending_and_refusals_have_reasons():
     ranking = rank_laws(measured_two_cut())
     assert [fit.distance for fit in ranking.fits] == sorted(fit.distance for fit in ranking.fits)
-    assert [name for name, _ in ranking.refused] == ["WishartPlusWigner"]
+    assert "WishartPlusWigner" in {name for name, _ in ranking.refused}
     assert "third free cumulant" in str(ranking)
     flat = rank_laws(spectrum_of(np.ones(50), 20))
     assert flat.fits == ()
-    assert len(flat.refused) == 3
+    assert len(flat.refused) == len(CLOSED_FORM)
 
 
 def test_the_table():
