@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_rmt.laws.ranking import CLOSED_FORM, Ranking, rank_laws
+from lightning_rmt.laws.ranking import QUICK, Ranking, rank_laws
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
@@ -85,8 +85,8 @@ class Reading:
 
     @cached_property
     def laws(self) -> Ranking:
-        """Limiting laws with a formula, fitted to the bulk of the spectrum, nearest first; see `rank_laws`."""
-        return rank_laws(self.spectrum, CLOSED_FORM)
+        """Limiting laws (the quick ones) fitted to the bulk of the spectrum, nearest first; see `rank_laws`."""
+        return rank_laws(self.spectrum, QUICK)
 
     @cached_property
     def level_statistics(self) -> dict[str, LevelStatistics]:

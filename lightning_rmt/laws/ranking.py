@@ -20,18 +20,18 @@ from lightning_rmt.laws.sparse_wigner import SparseWigner
 from lightning_rmt.laws.wishart_plus_wigner import WishartPlusWigner
 from lightning_rmt.spectra.spectrum import Spectrum
 
-#: Families whose distribution is a formula: a fit takes some hundredths of a second.
-CLOSED_FORM: tuple[type[Law], ...] = (
+#: Families of which a fit takes some hundredths of a second.
+QUICK: tuple[type[Law], ...] = (
     Semicircle,
     MarchenkoPastur,
     WishartPlusWigner,
-    RefinedWishartPlusWigner,
     ProductWishart,
     ProductWigner,
     PercolatedWigner,
 )
-#: All families with a fit. The sparse one simulates matrices for every degree, which takes seconds.
-FAMILIES: tuple[type[Law], ...] = (*CLOSED_FORM, SparseWigner)
+#: All families with a fit. The refined sum follows a quartic's root point by point, which takes a third of a second; the
+#: sparse one simulates matrices for every degree, which takes seconds.
+FAMILIES: tuple[type[Law], ...] = (*QUICK, RefinedWishartPlusWigner, SparseWigner)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Ranking:
             raise ValueError(f"this saved ranking is damaged: {error}") from error
 
 
-def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = CLOSED_FORM) -> Ranking:
+def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = QUICK) -> Ranking:
     """Fits every family to the bulk of a spectrum.
 
     A density can't tell all families apart, whatever the number of steps: a Marchenko-Pastur law of ratio 1.25 is much like
@@ -109,7 +109,7 @@ def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = CLOSED_FORM) -
 
     Args:
         spectrum: the measured spectrum.
-        families: classes of laws; `FAMILIES` are all that have a fit, the sparse one included, which takes seconds.
+        families: classes of laws; `FAMILIES` are all that have a fit, some of which take seconds.
     """
     measured = Measured(spectrum)
     fits: list[Fit] = []

@@ -10,7 +10,7 @@ from measured_cases import measured, product_wishart, quantiles, spectrum_of
 
 from lightning_rmt.laws import MarchenkoPastur, Ranking, Semicircle, WishartPlusWigner, rank_laws
 from lightning_rmt.laws.cumulants import measured_moments
-from lightning_rmt.laws.ranking import CLOSED_FORM
+from lightning_rmt.laws.ranking import QUICK
 
 #: Family, its eigenvalues at n, and the families that it is told from. To be extended by a line a family.
 TOLD_APART = [
@@ -79,7 +79,7 @@ def test_distances_are_ascending_and_refusals_have_reasons():
     assert "third free cumulant" in str(ranking)
     flat = rank_laws(spectrum_of(np.ones(50), 20))
     assert flat.fits == ()
-    assert len(flat.refused) == len(CLOSED_FORM)
+    assert len(flat.refused) == len(QUICK)
 
 
 def test_the_table():
