@@ -91,7 +91,7 @@ def cut_levels(
     contradict that: it is wider than spacings which the noise leaves intact.)
 
     Outliers, where `spectra.outliers` counts any, are left out too: they have their own mean spacing, which can't be known
-    from so few. Ten of them above GOE levels, kept in, would have the distribution of spacings rejected in 19 % to 97 % of
+    from so few. Ten of them above GOE levels, kept in, would have the distribution of spacings rejected in 17 % to 98 % of
     the cases at a nominal 5 %.
 
     Args:

@@ -2,6 +2,19 @@
 
 Hessians of several batches share their parameters, so their spectra are correlated, and pooling them as if they weren't
 makes every error too small.
+
+Measured over 250 sets of 8 spectra of 100 levels, each the same GOE matrix with its own GOE perturbation of a share of its
+norm (0: copies; the last: independent). Standard deviation of z if they are taken as independent, and of z with the
+estimated correlation; rejections at 5 % by the combined p-value:
+
+=============  ======  =====  ====  ====  ====  ===========
+perturbation   0       .01    .03   .1    .3    independent
+=============  ======  =====  ====  ====  ====  ===========
+correlation    1.00    .93    .62   .07   .01   .01
+naive z        2.78    2.82   2.41  1.27  .99   1.00
+z              .98     1.03   1.04  1.07  .96   .98
+p < .05        .06     .04    .05   .06   .05   .06
+=============  ======  =====  ====  ====  ====  ===========
 """
 
 from __future__ import annotations

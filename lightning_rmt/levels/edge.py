@@ -16,7 +16,7 @@ def edge_statistics(spectrum: Spectrum, side: Literal["high", "low"], *, exact_p
     """Level statistics of the outermost consecutive eigenvalues at one end, without the outliers that can be counted.
 
     Every level is known to 0.02 of the mean spacing beside it (`Spectrum.spacing_run`). That takes many steps: at the edge
-    of a GOE matrix of n = 2000, 100 steps give one such level, 400 give about 30 and 800 give 113. With fewer than 50 the
+    of a GOE matrix of n = 2000, 100 steps give one such level, 400 give about 33 and 800 about 110. With fewer than 50 the
     verdict is "insufficient levels", with the number found.
 
     Args:

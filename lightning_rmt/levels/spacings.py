@@ -27,9 +27,9 @@ def spacing_ratios(levels: NDArray[np.float64]) -> NDArray[np.float64]:
 def ratio_variance(runs: Sequence[NDArray[np.float64]]) -> float:
     """Variance of one ratio plus twice the covariance with the next, estimated from runs of ratios.
 
-    Over their number it is the variance of their mean: ratios further apart are uncorrelated. Simulated mean of its root
-    over 4000 GOE (Poisson) spectra of k = 50, 100 and 400 levels, over the true standard deviation: .97, .98 and 1.00
-    (.95, .98, .99).
+    Over their number it is the variance of their mean: ratios further apart are uncorrelated. Measured over 1500 spectra
+    (500 of k = 400): the mean of its root is .97, .97 and .99 of the true one for GOE with k = 50, 100 and 400, and .97,
+    .94 and 1.04 for independent levels (each +- .02 to .03); a single one scatters by 15 %, 10 % and 4 %.
     """
     center = float(np.concatenate(list(runs)).mean())
     off = [run - center for run in runs]
