@@ -127,7 +127,8 @@ class ProductWishart(Law):
         With two factors ``k1 = scale``, ``k2 / k1^2 = r1 + r2`` and ``k3 / k1^3 = (r1 + r2)^2 + r1 r2``, so the ratios are
         the roots of a quadratic; which of them comes first doesn't change the law. Where they are equal the roots are
         square roots of noise, so that no ratio is taken for larger than the mass at zero allows, ``1 / (1 - mass)``: there
-        the first two cumulants and that mass decide. A law with more zeros than that is refused.
+        the first two cumulants and that mass decide. A law with more zeros than that is refused. Where the ratios come out
+        equal, a fit's errors are those of their sum; how far apart they are isn't in them.
 
         Raises:
             NoFitError: the mean isn't positive, no positive ratios have these cumulants, or their law has another mass at

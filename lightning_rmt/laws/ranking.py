@@ -20,7 +20,7 @@ from lightning_rmt.laws.sparse_wigner import SparseWigner
 from lightning_rmt.laws.wishart_plus_wigner import WishartPlusWigner
 from lightning_rmt.spectra.spectrum import Spectrum
 
-#: Families whose distribution is a formula: a fit takes some hundredths of a second.
+#: Families whose distribution is a formula: a fit takes some tenths of a second, of the refined model about one.
 CLOSED_FORM: tuple[type[Law], ...] = (
     Semicircle,
     MarchenkoPastur,
