@@ -12,10 +12,6 @@ from lightning_rmt.spectra.bulk import Bulk
 
 #: Points per interval of a law's support at which the distribution functions are compared, beside the nodes.
 POINTS = 400
-#: Share of the sampling error that is left after a fit: 0.58 to 0.77 with two parameters, 0.5 with three, measured on
-#: semicircles, Marchenko-Pastur laws and sums of the two with 2000 and 10,000 eigenvalues, 50 and 100 steps, one probe. It
-#: scatters by a fifth, so that the upper end keeps a right family below 1.3 floors.
-NOT_ABSORBED = 0.75
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +69,7 @@ def law_distance(law: Law, bulk: Bulk, at: Comparison) -> float:
     return wasserstein(at.cells, at.step_at(*bulk.pooled(at.zeros)), *at.law_at(law))
 
 
-def resolution_floor(bulk: Bulk, zeros: bool) -> float:
+def resolution_floor(bulk: Bulk, zeros: bool, left: float) -> float:
     """Wasserstein-1 distance of a measured bulk to a law fitted to it that is its own, in the operator's units.
 
     The root of the sum of two squares. The quadrature's: a node stands for a continuous density up to a quarter of the
@@ -82,13 +78,18 @@ def resolution_floor(bulk: Bulk, zeros: bool) -> float:
     ``sqrt(2/pi) sqrt(2 F (1 - F) / (b + 2) / probes)``, over the axis, or, where it is more, the mean distance between
     probes, divided by the ``sqrt(2 probes)`` by which the error of their mean is smaller; of either the share that
     a fit's parameters don't absorb.
+
+    Args:
+        bulk: the measured bulk.
+        zeros: whether the whole bulk is compared.
+        left: share of the sampling error that the fit leaves.
     """
     parts = [bulk.probe(index, zeros) for index in range(len(bulk.nodes))]
     parts = [(x, w) for x, w in parts if x.size > 1]
     probes = len(parts)
     quadrature = 0.0
     for x, w in parts:
-        smooth = ~bulk.is_zero(x)
+        smooth = ~bulk.is_zero(x) | (not zeros)
         quadrature += float(w[smooth] @ np.gradient(x)[smooth]) / 4 / probes
     nodes, weights = bulk.pooled(zeros)
     share = np.cumsum(weights)[:-1]
@@ -99,4 +100,4 @@ def resolution_floor(bulk: Bulk, zeros: bool) -> float:
         steps = [at.step_at(x, w) for x, w in parts]
         pairs = [np.abs(steps[i] - steps[j]) @ at.cells for i in range(probes) for j in range(i)]
         sampling = max(sampling, float(np.mean(pairs) / np.sqrt(2 * probes)))
-    return float(np.hypot(quadrature, NOT_ABSORBED * sampling))
+    return float(np.hypot(quadrature, left * sampling))

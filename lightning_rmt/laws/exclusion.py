@@ -13,6 +13,8 @@ from lightning_rmt.spectra.spectrum import Spectrum
 
 #: Points at which the bounds are taken.
 POINTS = 64
+#: Moves of a law's distribution function within its errors that are tried, in standard errors.
+MOVES = np.linspace(-8.0, 8.0, 161)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,8 @@ class Bounds:
 
 def spectrum_bounds(spectrum: Spectrum) -> Bounds:
     """The bounds at nodes of the bulk (at most 64, each costs an eigenproblem), where they are tightest."""
-    nodes, _ = spectrum.bulk.probe(0, zeros=False)
+    nodes, _ = spectrum.bulk.probe(0)
+    nodes = nodes[~spectrum.bulk.is_zero(nodes)]
     chosen = np.unique(np.linspace(0, nodes.size - 1, min(POINTS, nodes.size)).round().astype(int))
     x = nodes[chosen]
     lower, upper = spectrum.cdf_band(x, z=0.0)
@@ -52,21 +55,24 @@ def exclusion_z(law: Law, bulk: Bulk, bounds: Bounds, errors: ArrayLike = 0.0) -
     of such a deviation, ``z^2 = (n + 2) probes KL(F | bound)``, which is the same where F isn't small. Less than one
     eigenvalue is never expected beyond x, since the eigenvalues of a matrix aren't quantiles of its law.
 
+    What another member of the family would allow doesn't exclude this one: the distribution function may move by d of its
+    own errors for the price of ``d^2``, and the cheapest such move counts.
+
     Args:
         law: the law.
         bulk: the bulk that it stands for.
         bounds: of the spectrum.
         errors: standard errors of the law's distribution function at the bounds' points, from those of its parameters;
-            shape of the points. What another member of the family would allow doesn't exclude this one.
+            shape of the points.
     """
     n = bounds.size
     zeros = 0.0 if law.atom > 0 else bulk.zero_mass
     inside = law.cdf(bounds.x) * (1 - zeros) + zeros * (bounds.x > 0)
     below = np.searchsorted(bulk.outliers, bounds.x, side="right")
-    expected = ((inside * bulk.size + below) / n).clip(1 / n, 1 - 1 / n)
+    error = np.asarray(errors) * (1 - zeros) * bulk.size / n
+    expected = ((inside * bulk.size + below) / n + MOVES[:, None] * error).clip(1 / n, 1 - 1 / n)
     # where eigenvalues are known a bound may be 0 or 1 exactly
     bound = np.clip(expected, bounds.lower.clip(0.5 / n, 1 - 0.5 / n), bounds.upper.clip(0.5 / n, 1 - 0.5 / n))
     divergence = expected * np.log(expected / bound) + (1 - expected) * np.log((1 - expected) / (1 - bound))
-    sampling = 2 * expected * (1 - expected) / (n + 2) / bounds.probes
-    weaker = sampling / (sampling + np.square(np.asarray(errors) * (1 - zeros) * bulk.size / n))
-    return float(np.sqrt((n + 2) * bounds.probes * (divergence.clip(0) * weaker).max(initial=0.0)))
+    squares = (n + 2) * bounds.probes * divergence.clip(0) + MOVES[:, None] ** 2
+    return float(np.sqrt(squares.min(axis=0).max(initial=0.0)))

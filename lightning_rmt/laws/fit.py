@@ -103,10 +103,10 @@ class Fit:
             numbers = {name: saved[name] for name in _NUMBERS}
             errors = {name: Estimate(*map(_float, pair)) for name, pair in saved["parameters"].items()}
             law = law_from_dict(saved["law"])
-        except (KeyError, TypeError, AttributeError) as error:
+            for name in ("distance", "stderr", "floor", "exclusion_z"):
+                numbers[name] = _float(numbers[name])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"this saved fit is damaged: {error}") from error
-        for name in ("distance", "stderr", "floor", "exclusion_z"):
-            numbers[name] = _float(numbers[name])
         return cls(law=law, parameters=errors, **numbers)
 
 

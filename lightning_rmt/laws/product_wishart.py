@@ -15,6 +15,9 @@ from lightning_rmt.laws.law import Law
 
 #: Largest disagreement between the atom that the free cumulants imply and the observed mass at zero.
 ATOM_TOLERANCE = 0.15
+#: So far beyond equal ratios, in their squared sum, cumulants are still taken for those of equal ones: with a few thousand
+#: eigenvalues and one probe the noise is 0.04.
+EQUAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,10 @@ class ProductWishart(Law):
         """The product of two factors with the first three free cumulants of the whole bulk.
 
         With two factors ``k1 = scale``, ``k2 / k1^2 = r1 + r2`` and ``k3 / k1^3 = (r1 + r2)^2 + r1 r2``, so the ratios are
-        the roots of a quadratic; which of them comes first doesn't change the law. The mass at zero isn't used and
-        serves as the check.
+        the roots of a quadratic; which of them comes first doesn't change the law. Where they are equal the roots are
+        square roots of noise, so that no ratio is taken for larger than the mass at zero allows, ``1 / (1 - mass)``: there
+        the first two cumulants and that mass decide. A law with more zeros than that is refused. Where the ratios come out
+        equal, a fit's errors are those of their sum; how far apart they are isn't in them.
 
         Raises:
             NoFitError: the mean isn't positive, no positive ratios have these cumulants, or their law has another mass at
@@ -140,12 +145,13 @@ class ProductWishart(Law):
                 f"the bulk has {k.k3 * k.k1:.3g} and {k.k2**2:.3g}: at equality one factor is enough"
             )
         spread = total**2 / 4 - product
-        if spread < -0.02 * total**2:  # equal ratios sit at zero, where noise of either sign is expected
+        if spread < -EQUAL * total**2:  # equal ratios sit at zero, where noise of either sign is expected
             raise NoFitError(
                 f"no two real ratios have the sum {total:.3g} and the product {product:.3g} that the cumulants ask for"
             )
-        half = math.sqrt(max(spread, 0.0))
-        first = total / 2 + half
+        first = total / 2 + math.sqrt(max(spread, 0.0))
+        if bulk.zero_mass < 1:
+            first = max(min(first, 1 / (1 - bulk.zero_mass)), total / 2)
         law = cls((1.0, 1 / first, 1 / (total - first)), k.k1)
         if abs(law.atom - bulk.zero_mass) > ATOM_TOLERANCE:
             raise NoFitError(

