@@ -69,8 +69,8 @@ def test_errors_of_a_law_weaken_its_exclusion_like_those_of_sampling():
 
 
 def test_outliers_and_zeros_are_put_back():
-    spiked = spectrum_of(np.concatenate([goe(2000, np.random.default_rng(0)), np.linspace(3, 9, 40)]), 100)
-    assert spiked.bulk.outliers.size >= 35
+    spiked = spectrum_of(np.concatenate([goe(2000, np.random.default_rng(0)), 3 * 1.4 ** np.arange(10)]), 100)
+    assert spiked.bulk.outliers.size == 10
     assert exclusion_z(Semicircle(2.0), spiked.bulk, spectrum_bounds(spiked)) < 5
     percolated = measured(PercolatedWigner(0.6), 4000, 60)
     bounds = spectrum_bounds(percolated)
