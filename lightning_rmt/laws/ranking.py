@@ -103,9 +103,22 @@ class Ranking:
 def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = QUICK) -> Ranking:
     """Fits every family to the bulk of a spectrum.
 
-    A density can't tell all families apart, whatever the number of steps: a Marchenko-Pastur law of ratio 1.25 is much like
-    one of ratio 0.5 beside zeros; a semicircle like a sum of a Wigner matrix and a covariance matrix of small phi. Within
-    the floor no distance means anything, so `Ranking.simplest` goes by the number of parameters there.
+    Within the floor no distance means anything, so `Ranking.simplest` goes by the number of parameters there. Measured with
+    8 simulated matrices of 1500 or 2000 eigenvalues each, 100 steps and one probe, the simplest law (the nearest, where
+    none is indistinguishable) was the true one in 7 or 8 of 8 for semicircles, Marchenko-Pastur laws, sums with plain
+    Wigner matrices (of phi 0.25 and more) and products. The true law's own distance exceeds 1.3 floors in one of six to
+    four cases there, and 2 floors in some of a hundred (most often for laws that are centered at zero, whose distance is
+    the sampling error of the mean); with 10,000 eigenvalues in one of twenty.
+
+    A density can't tell these apart, whatever the number of steps:
+
+    - a sum of a covariance and a Wigner matrix from a semicircle as phi goes to 0, from a Marchenko-Pastur law as the
+      energy does;
+    - the refined sum from the plain one: 4 of 8 at phi 0.5 and energy 1;
+    - a Marchenko-Pastur law of ratio 1.25 from one of ratio 0.5 beside zeros;
+    - a product of two Wishart factors from a Marchenko-Pastur law, where one of its ratios is small;
+    - a percolated Wigner matrix from a semicircle beside zeros, which is the same law: the nearest of the two is chance;
+    - a product X W X' from a sparse Wigner matrix of the same kurtosis, where neither has many zeros.
 
     Args:
         spectrum: the measured spectrum.

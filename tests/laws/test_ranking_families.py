@@ -1,0 +1,134 @@
+"""Which laws a spectrum can be told from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from known_spectra import goe, hessian_like, spectrum_of
+from measured_laws import measured
+
+from lightning_rmt.laws.marchenko_pastur import MarchenkoPastur
+from lightning_rmt.laws.percolated_wigner import PercolatedWigner
+from lightning_rmt.laws.product_wigner import ProductWigner
+from lightning_rmt.laws.product_wishart import ProductWishart
+from lightning_rmt.laws.ranking import QUICK, Ranking, rank_laws
+from lightning_rmt.laws.refined_wishart_plus_wigner import RefinedWishartPlusWigner
+from lightning_rmt.laws.semicircle import Semicircle
+from lightning_rmt.laws.sparse_wigner import SparseWigner
+from lightning_rmt.laws.wishart_plus_wigner import WishartPlusWigner
+
+CASES = [
+    Semicircle(2.0, 0.3),
+    MarchenkoPastur(0.5),
+    MarchenkoPastur(3.0),
+    WishartPlusWigner(0.5, 0.25),
+    ProductWishart((1.0, 0.5, 2.0)),
+    ProductWigner(0.5),
+]
+
+
+def best(ranking):
+    return type((ranking.simplest or ranking.fits[0]).law)
+
+
+@pytest.mark.slow
+def test_the_true_family_wins_in_nine_of_ten_cases():
+    """Simulated matrices, 8 of each of six families; the sums, which are dense, on the law's quantiles."""
+    won = {}
+    for law in CASES:
+        won[law] = 0
+        for seed in range(8):
+            if isinstance(law, Semicircle | MarchenkoPastur):
+                spectrum = spectrum_of(law.rvs(4000, np.random.default_rng(seed)), 100, seed=seed)
+            else:
+                spectrum = measured(law, 4000, 100, seed=seed)
+            won[law] += best(rank_laws(spectrum, QUICK)) is type(law)
+    assert sum(won.values()) >= 0.9 * 8 * len(CASES), won
+    assert min(won.values()) >= 6, won
+
+
+@pytest.mark.parametrize(
+    ("truth", "other"),
+    [
+        (WishartPlusWigner(0.25, 0.25), RefinedWishartPlusWigner),
+        (WishartPlusWigner(0.15, 0.5), Semicircle),
+        (PercolatedWigner(0.6), Semicircle),
+        (ProductWigner(4.0), SparseWigner),
+    ],
+    ids=repr,
+)
+def test_pairs_that_cannot_be_told_apart(truth, other):
+    """What the docstring of rank_laws names; if one of these fails, it has become better than its word."""
+    spectrum = measured(truth, 4000, 100)
+    assert type(truth).fit(spectrum).relative < 2
+    assert other.fit(spectrum).word != "rejected"
+
+
+def test_the_nearest_comes_first_and_the_refused_say_why():
+    ranking = rank_laws(measured(MarchenkoPastur(0.5), 4000, 60), QUICK)
+    distances = [fit.distance for fit in ranking.fits]
+    assert distances == sorted(distances)
+    names = [type(fit.law).__name__ for fit in ranking.fits] + [name for name, _ in ranking.refused]
+    assert sorted(names) == sorted(family.__name__ for family in QUICK)
+    assert dict(ranking.refused)["PercolatedWigner"].startswith("site percolation leaves a mass")
+
+
+def test_the_simplest_has_the_fewest_parameters():
+    spectrum = measured(MarchenkoPastur(0.5), 20000, 60)
+    fit = MarchenkoPastur.fit(spectrum)
+    assert fit.word == "indistinguishable"
+    richer = replace(fit, law=WishartPlusWigner(0.5, 0.01), distance=fit.distance / 2)
+    richer = replace(richer, parameters={"phi": fit.parameters["ratio"], **fit.parameters})
+    assert Ranking((richer, fit), ()).simplest is fit
+    assert Ranking((richer, replace(fit, exclusion_z=6.0)), ()).simplest is richer
+    assert Ranking((replace(fit, exclusion_z=6.0),), ()).simplest is None
+    assert Ranking((), ()).simplest is None
+
+
+def test_an_excluded_law_is_never_indistinguishable():
+    for law in CASES:
+        for fit in rank_laws(measured(law, 4000, 60), QUICK).fits:
+            assert not (fit.excluded and fit.word != "rejected")
+            assert "accept" not in fit.verdict
+
+
+def test_a_hessian_is_none_of_the_symmetric_laws():
+    ranking = rank_laws(spectrum_of(hessian_like(10000, np.random.default_rng(0)), 100), QUICK)
+    for fit in ranking.fits:
+        assert fit.removed_outliers >= 10
+        if isinstance(fit.law, Semicircle | ProductWigner | PercolatedWigner):
+            assert fit.word == "rejected"
+
+
+def test_the_table():
+    levels = np.concatenate([goe(4000, np.random.default_rng(0)) + 1, [6.0, 9.0]])
+    ranking = rank_laws(spectrum_of(levels, 60), QUICK)
+    lines = str(ranking).splitlines()
+    assert lines[0].split() == ["law", "distance", "/", "floor", "bounds", "z", "verdict"]
+    assert len(lines) == len(QUICK) + 2
+    assert any(line.startswith("Semicircle(radius ") and "+-" in line for line in lines)
+    assert sum("no fit: " in line for line in lines) == len(ranking.refused)
+    assert str(ranking).count("simplest such") == (ranking.simplest is not None)
+    assert lines[-1] == "resolution 1/60, n = 4002, probes 1, outliers 2"
+    assert "accept" not in str(ranking)
+
+
+def test_a_file_gives_it_back():
+    ranking = rank_laws(measured(MarchenkoPastur(3.0), 2000, 60), QUICK)
+    back = Ranking.from_dict(json.loads(json.dumps(ranking.to_dict(), allow_nan=False)))
+    assert back.to_dict() == ranking.to_dict()
+    assert str(back) == str(ranking)
+    for damaged in ({}, {"fits": []}, {"fits": [{}], "refused": []}, {"fits": [], "refused": [1]}):
+        with pytest.raises(ValueError, match="damaged"):
+            Ranking.from_dict(damaged)
+
+
+def test_a_spectrum_without_any_fit():
+    ranking = rank_laws(measured(Semicircle(2.0), 500, 3))
+    assert ranking.fits == ()
+    assert len(ranking.refused) == len(QUICK)
+    assert ranking.simplest is None
+    assert "the bulk has 3 nodes off zero" in str(ranking)
