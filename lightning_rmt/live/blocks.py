@@ -68,9 +68,14 @@ def _spectrum(
     plan = least_plan(ranks, memory.plan(block, settings.lanczos_steps, 1))
     all_or_none(ranks, lambda: memory.try_out(block, plan))
     shared = block if ranks.group is None else RankSum(block, ranks.group)
-    return all_or_none(
-        ranks,
-        lambda: estimate_spectrum(
-            shared, steps=plan.steps, seed=seed, basis=plan.basis, until=Settled(shared.size, shared.noise)
-        ),
-    )
+
+    def run() -> Spectrum:
+        rule = Settled(shared.size, shared.noise)
+        try:
+            return estimate_spectrum(shared, steps=plan.steps, seed=seed, basis=plan.basis, until=rule)
+        except Exception:
+            if isinstance(shared, RankSum) and shared.error is not None:
+                raise shared.error from None  # rather than the NaN that it made of the sum
+            raise
+
+    return all_or_none(ranks, run)

@@ -1,0 +1,151 @@
+"""Spectra of groups of parameters under a Trainer, on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import Case, differences, train
+from level_modules import CASE, Headed, monitor, spied
+from live_models import vectors
+from test_bitwise_distributed import ddp, fsdp2
+from test_levels_distributed import Sharded, TwoHeads, plain
+from torch.nn import functional as F
+from two_ranks import on_two_ranks
+
+from lightning_rmt.live import blocks
+from lightning_rmt.live.namespaces import MisconfigurationException
+from lightning_rmt.reading import Reading
+from lightning_rmt.report.scalars import scalars
+
+
+def watcher(**options: Any) -> Any:
+    return monitor(**{"levels": None, "lanczos_steps": 400, **options})
+
+
+def test_a_group_has_the_spectrum_of_its_block(tmp_path):
+    watch = watcher(blocks=["net.4", "*.bias"])
+    spy = spied(tmp_path, watch)
+    for group, names in (
+        ("net.4", ["net.4.bias", "net.4.weight"]),
+        ("bias", ["net.0.bias", "net.2.bias", "net.4.bias"]),
+    ):
+        found = watch.reading.blocks[group]
+        (levels,) = spy.levels(Headed(), watch.reading.step, names)
+        assert found.size == levels.size
+        assert found.lambda_max.value == pytest.approx(levels[-1], rel=1e-5)
+        assert found.lambda_min.value == pytest.approx(levels[0], rel=1e-4, abs=1e-6 * levels[-1])
+        assert abs(found.trace.mean - levels.sum()) <= 5 * found.trace.stderr + 1e-5 * np.abs(levels).sum()
+        got = scalars(watch.reading)
+        assert got[f"rmt/blocks/{group}/lambda_max"] == found.lambda_max.value
+        assert got[f"rmt/blocks/{group}/trace_stderr"] == found.trace.stderr
+
+
+def test_training_is_the_same_and_the_loss_runs_no_more_often(tmp_path):
+    control, counts = train(CASE, tmp_path / "control"), []
+    for groups in (None, ["net.0", "net.2", "net.4", "*.bias"]):
+        calls: list[int] = []
+
+        def loss_fn(module, batch, calls=calls):
+            calls.append(1)
+            return F.cross_entropy(module(batch[0]), batch[1])
+
+        watch = watcher(blocks=groups, lanczos_steps=20, loss_fn=loss_fn)
+        assert differences(train(CASE, tmp_path / str(groups), watch), control) == []
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+def test_all_parameters_have_the_whole_spectrum(tmp_path):
+    watch = watcher(blocks=["net"], lanczos_steps=10)
+    train(CASE, tmp_path, watch)
+    assert watch.reading.blocks["net"] is watch.reading.spectrum
+
+
+def test_groups_are_saved_with_the_reading(tmp_path):
+    watch = watcher(blocks=["net.0", "net.4"], lanczos_steps=10)
+    train(CASE, tmp_path, watch)
+    watch.reading.save(tmp_path / "reading.npz")
+    back = Reading.load(tmp_path / "reading.npz")
+    assert list(back.blocks) == ["net.0", "net.4"]
+    for group, spectrum in back.blocks.items():
+        assert np.array_equal(spectrum.nodes, watch.reading.blocks[group].nodes)
+        assert spectrum.size == watch.reading.blocks[group].size
+    assert back.spectrum.size == watch.reading.spectrum.size
+
+
+def test_light_readings_have_none(tmp_path):
+    watch = watcher(blocks=["net.0"], every_n_steps=6, light_every_n_steps=2, lanczos_steps=10)
+    train(CASE, tmp_path, watch)
+    assert watch.light_reading.blocks == {}
+    assert watch.reading.blocks
+
+
+def test_a_group_that_fails_is_a_note(tmp_path, monkeypatch):
+    control = train(CASE, tmp_path / "control")
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no memory for this one")
+
+    monkeypatch.setattr(blocks, "estimate_spectrum", fails)
+    watch = watcher(blocks=["net.0"], lanczos_steps=10)
+    assert differences(train(CASE, tmp_path / "watched", watch), control) == []
+    assert watch.reading.blocks == {}
+    assert "no spectrum of net.0: no memory for this one" in watch.reading.notes
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [(["nett.0"], "matches no parameter"), (["net.0", "net.0*"], "would both be logged as")],
+)
+def test_refused_before_training(groups, words, tmp_path):
+    with pytest.raises(MisconfigurationException, match=words):
+        train(CASE, tmp_path, watcher(blocks=groups))
+
+
+@pytest.mark.parametrize("groups", ["net", [], 3])
+def test_refused_at_once(groups):
+    with pytest.raises(ValueError, match="blocks must be a list"):
+        watcher(blocks=groups)
+
+
+def on_this_rank(case: Case, directory: Path) -> dict[str, Any]:
+    control = train(case, directory)
+    watch = watcher(blocks=["net.0", "net.4"], loss_fn=plain, lanczos_steps=60)
+    seen: dict[str, Any] = {"differences": differences(train(case, directory, watch), control)}
+    seen["groups"] = {name: (s.size, s.nodes, s.weights) for name, s in watch.reading.blocks.items()}
+
+    class Fails(blocks.Restricted):
+        """In the products of the first group, on one rank."""
+
+        def _matmat(self, V):
+            if self.size == 112 and os.environ["LOCAL_RANK"] == "1":
+                raise ValueError("only here")
+            return super()._matmat(V)
+
+    blocks.Restricted = Fails  # of this process, which is a fork
+    watch = watcher(blocks=["net.0", "net.4"], loss_fn=plain, lanczos_steps=20)
+    seen["failing"] = differences(train(case, directory, watch), control)
+    seen["left"] = [sorted(watch.reading.blocks), [n for n in watch.reading.notes if "no spectrum of" in n]]
+    return seen
+
+
+@pytest.mark.parametrize("strategy", [ddp(), fsdp2], ids=["ddp", "fsdp2"])
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_two_ranks(strategy, tmp_path):
+    ignore = ("SpectrumMonitor .* no gradient reaches other",)
+    case = Case("two ranks", Sharded if strategy is fsdp2 else TwoHeads, vectors, strategy, ignore=ignore)
+    one, two = on_two_ranks(on_this_rank, tmp_path, case, tmp_path)
+    for rank in (one, two):
+        assert rank["differences"] == []
+        assert rank["failing"] == []
+    assert {name: size for name, (size, _, _) in one["groups"].items()} == {"net.0": 112, "net.4": 315}
+    for name, (_, nodes, weights) in one["groups"].items():
+        assert np.array_equal(nodes, two["groups"][name][1])
+        assert np.array_equal(weights, two["groups"][name][2])
+    assert one["left"][0] == two["left"][0] == ["net.4"]
+    assert two["left"][1] == ["no spectrum of net.0: only here"]
+    assert one["left"][1][0].startswith("no spectrum of net.0: ")
