@@ -232,6 +232,7 @@ def test_compiled_code_stays_compiled():
         return run
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests' graphs
     compiled = torch.compile(made.loss, backend=backend)
     H = FiniteDifferenceHessian(compiled, made.parameters, made.batches, scheme="forward")
     assert H.measured.method == "double backward"
