@@ -124,16 +124,10 @@ def named_block(module: nn.Module, pattern: str, parameters: Sequence[str] | Non
     trainable = select_parameters(module.named_parameters(), parameters)
     known = {id(p) for _, p in trainable}
     every_name = module.named_parameters(remove_duplicate=False)  # a tied weight goes by any of its names
-<<<<<<< HEAD
     found: dict[int, tuple[str, Tensor]] = {
         id(p): (n, p) for n, p in every_name if id(p) in known and _matches(n, pattern)
     }
     chosen = list(found.values())
-=======
-    chosen: list[tuple[str, Tensor]] = list(
-        {id(p): (n, p) for n, p in every_name if id(p) in known and _matches(n, pattern)}.values()
-    )
->>>>>>> lvtests
     if not chosen and _frozen(module, pattern):
         raise ValueError(f"{pattern!r} matches only frozen parameters (requires_grad=False)")
     if not chosen:
