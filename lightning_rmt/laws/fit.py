@@ -25,8 +25,7 @@ class Fit:
         distance: Wasserstein-1 distance of the law to the bulk, over the bulk's standard deviation.
         stderr: standard error of the distance.
         floor: the distance that a bulk measured like this one has to a fitted law that is its own.
-        exclusion_z: by how many standard errors the law, and every member of its family within two standard errors of its
-            parameters, leaves the Chebyshev-Markov-Stieltjes bounds; 0 if nowhere.
+        exclusion_z: by how many standard errors the law leaves the Chebyshev-Markov-Stieltjes bounds; 0 if nowhere.
         kurtosis_z: fourth free cumulant of the law less that of the bulk, in standard errors; None where the law was
             fitted to it, or nothing is random.
         removed_outliers: number of outliers that were taken out.

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from lightning_rmt.laws.cumulants import Frame, MeasuredMoments, measured_moments
 from lightning_rmt.laws.distance import Comparison, comparison, law_distance, resolution_floor
 from lightning_rmt.laws.exclusion import Bounds, exclusion_z, spectrum_bounds
-from lightning_rmt.laws.fit import EXCLUDED, Fit
+from lightning_rmt.laws.fit import Fit
 from lightning_rmt.laws.law import Law
-from lightning_rmt.laws.parameters import members_near, parameters_of, with_parameter
+from lightning_rmt.laws.parameters import parameters_of, with_parameter
 from lightning_rmt.spectra.moments import Estimate
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -79,20 +79,15 @@ def fit_law(family: type[Law], measured: Measured) -> Fit:
     middle = (at.x[:-1] + at.x[1:]) / 2
     moved = np.array([np.interp(measured.bounds.x, middle, response) for response, _ in responses])
     uncertain = np.sqrt(np.einsum("ix,ij,jx->x", moved, np.nan_to_num(covariance), moved).clip(0))
-    excluded = exclusion_z(law, bulk, measured.bounds, uncertain)
-    if excluded > EXCLUDED:
-        # An edge doesn't move linearly with a parameter that is uncertain by its own size, so its neighbours are asked too.
-        # Those with another atom stand for another measure.
-        near = [other for other in members_near(law, covariance, (1.0, 2.0)) if (other.atom > 0) == at.zeros]
-        excluded = min([excluded, *(exclusion_z(other, bulk, measured.bounds, uncertain) for other in near)])
 
+    left = _sampling_left(moments, at, jacobian, [response for response, _ in responses])
     stderr = _distance_error(law, moments, at, distance, frame, jacobian, [response for response, _ in responses])
     return Fit(
         law=law,
         distance=distance,
         stderr=stderr,
         floor=resolution_floor(bulk, at.zeros, left) / frame.unit,
-        exclusion_z=excluded,
+        exclusion_z=exclusion_z(law, bulk, measured.bounds, uncertain),
         kurtosis_z=_kurtosis_z(law, moments, at, frame, jacobian, np.array([r[1] for r in responses])),
         removed_outliers=int(bulk.outliers.size),
         removed_outlier_mass=bulk.removed_mass,

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lightning_rmt.laws.law import Law
 
@@ -37,35 +33,6 @@ def with_parameter(law: Law, name: str, value: float) -> Law:
         values[int(place.rstrip("]"))] = value
         return replace(law, **{field: tuple(values)})
     return replace(law, **{field: value})
-
-
-def members_near(law: Law, covariance: NDArray[np.float64], errors: Sequence[float]) -> list[Law]:
-    """Members of the family these many standard errors to either side, along the axes of the parameters' covariance.
-
-    Args:
-        law: the member in the middle.
-        covariance: of its parameters, in the order of `parameters_of`.
-        errors: distances from the middle, in standard errors.
-
-    Returns:
-        Those that exist.
-    """
-    values = parameters_of(law)
-    unit = np.sqrt(np.diag(covariance).clip(0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        correlation = np.nan_to_num(covariance / np.outer(unit, unit), posinf=0.0, neginf=0.0)
-    lengths, axes = np.linalg.eigh(correlation)
-    found: list[Law] = []
-    for length, axis in zip(lengths.clip(0), axes.T, strict=True):
-        for error in [*errors, *(-e for e in errors)]:
-            near = law
-            try:
-                for name, step in zip(values, error * np.sqrt(length) * axis * np.nan_to_num(unit), strict=True):
-                    near = with_parameter(near, name, values[name] + float(step))
-            except ValueError:
-                continue
-            found.append(near)
-    return found
 
 
 def law_to_dict(law: Law) -> dict[str, Any]:

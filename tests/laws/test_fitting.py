@@ -72,14 +72,6 @@ def test_the_error_with_several_probes():
     assert 0.5 < actual / np.mean([fit.stderr for fit in fits]) < 1.6
 
 
-def test_a_family_is_not_excluded_for_its_parameters_errors():
-    """The energy is as uncertain as it is large, and the width of the smeared zeros with it."""
-    eigenvalues = quantiles(WishartPlusWigner(2.0, 0.02), 10_000)
-    fits = [WishartPlusWigner.fit(spectrum_of(eigenvalues, 100, seed=seed)) for seed in (1, 2)]
-    assert abs(fits[0].parameters["energy"].mean - 0.02) > 2 * fits[0].parameters["energy"].stderr
-    assert not any(fit.excluded for fit in fits)
-
-
 def test_a_product_is_no_covariance_plus_wigner():
     spectrum = spectrum_of(product_wishart(800, np.random.default_rng(0)), 100)
     with pytest.raises(NoFitError, match="nothing is left for a Wigner part"):
