@@ -99,13 +99,12 @@ def cut_levels(
         noise: norm of the operator's error, in the eigenvalues' units; 0 for rounding only.
         eps: machine epsilon of the computation that gave them.
         size: dimension of the operator, None for ``n`` (all eigenvalues are here).
-        norm: its spectral norm, None for the largest magnitude here.
+        norm: its spectral norm; None, or anything smaller, for the largest magnitude here.
         keep_outliers: don't look for outliers.
     """
     n = eigenvalues.size
     dimension = max(n, 1) if size is None else size
-    if norm is None:
-        norm = float(np.abs(eigenvalues).max(initial=0.0))
+    norm = max(norm or 0.0, float(np.abs(eigenvalues).max(initial=0.0)))
     tau = max(dimension * eps * norm, ZERO_NOISE * noise)
     displacement = max(math.sqrt(dimension) * eps * norm, noise / math.sqrt(dimension))
 

@@ -43,9 +43,11 @@ def p_value(statistic: float, k: int) -> float:
     """Share of GOE windows of ``k`` levels whose Anderson-Darling statistic is at least this, never below `SMALLEST_P`.
 
     Raises:
-        ValueError: ``k`` is outside the table, 25 to 4096.
+        ValueError: ``k`` is outside the table, 25 to 4096, or the statistic is no number.
     """
     _check(k)
+    if np.isnan(statistic):
+        raise ValueError("the Anderson-Darling statistic is not a number: spacings are zero or not finite")
     quantiles = np.array([_at(k, column) for column in _table()["quantiles"].T])
     if statistic <= quantiles[-1]:
         return float(np.exp(np.interp(statistic, quantiles, np.log(TAILS), left=0.0)))

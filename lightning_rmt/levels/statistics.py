@@ -25,7 +25,7 @@ from lightning_rmt.levels.spacings import (
     ratio_variance,
     spacing_ratios,
 )
-from lightning_rmt.levels.unfolding import unfold, unfold_trend
+from lightning_rmt.levels.unfolding import SHORTEST_OF_SEVERAL, long_enough, unfold, unfold_trend
 from lightning_rmt.levels.verdict import (
     FEWEST_LEVELS,
     LARGEST_DEGENERATE,
@@ -138,7 +138,8 @@ def level_statistics(
 
     The eigenvalues have to be *all* eigenvalues in some interval, exact: of a whole matrix, or of a coordinate block such
     as one layer. What can't be detected here: random projections and sketches ``Q' H Q`` (their levels are GOE for every
-    H), a spectrum thinned out, and eigenvalues that were computed in float32 and stored in float64 (pass ``noise`` then).
+    H), a spectrum thinned out, eigenvalues that were computed in float32 and stored in float64 (pass ``noise`` then), and
+    Ritz values in a bare array (one run's read as more regular than GOE, those of several pooled as no repulsion).
 
     Levels that noise could have arranged are left out first (`cut_levels`), and no spacing reaches across the hole.
     Shifting the spectrum changes which levels are near zero; scaling changes nothing.
@@ -148,13 +149,14 @@ def level_statistics(
         noise: norm of the error of the operator or its products, in the eigenvalues' units, as measured. None: nothing but
             the rounding of ``eigvalsh`` in the dtype of the array.
         size: dimension of the operator, where these aren't all eigenvalues.
-        norm: its spectral norm, likewise.
+        norm: its spectral norm, likewise; where a level is larger, that is taken.
         keep_outliers: don't look for outliers: the caller has removed them, or wants them in.
         source: kept in the result.
 
     Raises:
         TypeError: a `Spectrum` or other Ritz values, complex numbers, or no numbers.
-        ValueError: a matrix, or values that aren't ascending or finite; a negative noise.
+        ValueError: a matrix, or values that aren't ascending or finite; a negative noise or norm; a size below the number
+            of eigenvalues.
 
     Example:
         >>> levels = np.linalg.eigvalsh((lambda a: a + a.T)(np.random.default_rng(0).normal(size=(400, 400))))
@@ -163,7 +165,12 @@ def level_statistics(
     """
     if noise is not None and not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise is a norm, finite and not negative, got {noise}")
+    if norm is not None and not (math.isfinite(norm) and norm >= 0):
+        raise ValueError(f"norm is finite and not negative, got {norm}")
     spectra, eps = spectra_from(eigenvalues)
+    if size is not None and size < max(levels.size for levels in spectra):
+        most = max(levels.size for levels in spectra)
+        raise ValueError(f"size is the dimension of the whole operator, got {size} with {most} eigenvalues")
     cuts = [cut_levels(levels, noise or 0.0, eps, size, norm, keep_outliers) for levels in spectra]
     ratios = [[spacing_ratios(run.levels) for run in cut.runs] for cut in cuts]
     used = [np.concatenate(parts) for parts in ratios if parts]
@@ -187,7 +194,7 @@ def level_statistics(
         words = f"no statistics: {degenerate} of {levels + degenerate} levels coincide with a neighbour (2 % allowed)"
         ratio = stderr = None
     elif worth < FEWEST_LEVELS - 0.5 or ratio is None or stderr is None:
-        words = insufficient(levels if correlation == 0 else round(worth))
+        words = insufficient(levels, round(worth) if correlation > 0 else levels)
     else:
         z_goe = (ratio - GOE_RATIO) / (GOE_RATIO_SD / math.sqrt(effective))
         z_poisson = (ratio - POISSON_RATIO) / (POISSON_RATIO_SD / math.sqrt(effective))
@@ -252,7 +259,17 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
 
 def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Statistics of the unfolded spacings, and why some are missing."""
-    spectra = [(np.concatenate([unfold(run.levels) for run in cut.runs]), cut.kept) for cut in cuts if cut.runs]
+    runs = [long_enough(run.levels for run in cut.runs) for cut in cuts]
+    spectra = [(np.concatenate([unfold(run) for run in kept]), sum(run.size for run in kept)) for kept in runs if kept]
+    notes = []
+    unfolded, kept_levels = sum(k for _, k in spectra), sum(cut.kept for cut in cuts)
+    if unfolded < kept_levels:
+        notes.append(
+            f"{kept_levels - unfolded} levels are in the ratio but not in the distribution of spacings: in one of several "
+            f"runs, of fewer than {SHORTEST_OF_SEVERAL}"
+        )
+    if not spectra:
+        return {}, tuple(notes)
     everything = np.concatenate([spacings for spacings, _ in spectra])
     distances = [anderson_darling(spacings) for spacings, _ in spectra]
     found: dict[str, Any] = {
@@ -260,13 +277,12 @@ def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any]
         "spacing_variance": float(everything.var()),
         "anderson_darling": float(np.median(distances)),
     }
-    notes = []
     tested = [(distance, k) for distance, (_, k) in zip(distances, spectra, strict=True) if reference.in_table(k)]
     if tested:
         p = combine_p_values([reference.p_value(distance, k) for distance, k in tested])
         found["p_value"] = max(reference.SMALLEST_P, p)
         typical = round(float(np.mean([k for _, k in tested])))
-        share = math.sqrt(typical / effective)  # of one spectrum's standard deviation
+        share = math.sqrt(typical / (effective * unfolded / kept_levels))  # of one spectrum's standard deviation
         for name, key in (("brody", "brody_goe"), ("brody_poisson", "brody_poisson")):
             known = reference.moments(name, typical)
             found[key] = (known.mean, known.sd * share)

@@ -31,17 +31,30 @@ two independent GOE        .76  / .97  / 1     .77  / .97  / 1     .75  / .96  /
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: Spacings on either side of the running mean.
 HALF_WINDOW = 10
+#: Shortest of several runs of one spectrum that is unfolded; see `long_enough`.
+SHORTEST_OF_SEVERAL = 30
 #: Largest change of a log mean in one step of the fit, and the change at which it has converged.
 _LARGEST_STEP, _CONVERGED = 2.0, 1e-6
 #: Steps of the fit; some ten are needed.
 _STEPS = 50
+
+
+def long_enough(runs: Iterable[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """The runs of one spectrum whose spacings may be compared with the null of as many levels in one run.
+
+    Every run takes a fit of its own, and the null has one. GOE levels in 20 runs of 20 are rejected in 31 % to 33 % of the
+    cases at a nominal 5 % and in 5 runs of 20 in 10 %; 16 runs of 25 in 8 %, 13 runs of 30 in 4 %, 40 of 30 in 7 %
+    (500 spectra each). A run alone is what the null was simulated for.
+    """
+    every = list(runs)
+    return every if len(every) == 1 else [run for run in every if run.size >= SHORTEST_OF_SEVERAL]
 
 
 def unfold(levels: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -61,11 +74,11 @@ def unfold(levels: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def unfold_trend(levels: NDArray[np.float64]) -> NDArray[np.float64]:
     """As `unfold`, without the running mean: for statistics over many spacings, which a running mean would flatten."""
-    if levels[0] > 0:
-        levels = np.log(levels)
-    elif levels[-1] < 0:
-        levels = -np.log(-levels)
     spacings = np.diff(levels)
+    if levels[0] > 0:
+        spacings = np.log1p(spacings / levels[:-1])  # differences of logarithms, which would cancel
+    elif levels[-1] < 0:
+        spacings = np.log1p(spacings / -levels[1:])
     relative = spacings / np.exp(_log_mean(spacings))
     return np.asarray(relative / relative.mean())
 
@@ -114,10 +127,13 @@ def pooled_unfold(spectra: Sequence[NDArray[np.float64]]) -> list[NDArray[np.flo
         For each of the first third, spacings of shape (k - 1,).
 
     Raises:
-        ValueError: fewer than 3 spectra.
+        ValueError: fewer than 3 spectra, or one that isn't ascending.
     """
     if len(spectra) < 3:
         raise ValueError(f"pooled unfolding needs at least 3 spectra, got {len(spectra)}")
+    for i, levels in enumerate(spectra):
+        if not (np.diff(levels) >= 0).all():
+            raise ValueError(f"spectrum {i}: expected ascending eigenvalues, as eigvalsh gives them")
     third = len(spectra) // 3
     pool = np.sort(np.concatenate(spectra[third:]))
     return [np.diff(np.searchsorted(pool, levels)) / (len(spectra) - third) for levels in spectra[:third]]

@@ -63,9 +63,10 @@ def verdict(evidence: Evidence) -> tuple[VerdictKind, str]:
     )
 
 
-def insufficient(levels: int) -> str:
-    """The verdict on too few levels."""
-    return f"insufficient levels (k<{FEWEST_LEVELS}): {levels} kept, {FEWEST_LEVELS} needed"
+def insufficient(levels: int, worth: int) -> str:
+    """The verdict on too few levels, or on levels of correlated spectra that are worth too few independent ones."""
+    but = "" if worth == levels else f" over all spectra, worth {worth} independent ones"
+    return f"insufficient levels (k<{FEWEST_LEVELS}): {levels} kept{but}, {FEWEST_LEVELS} needed"
 
 
 def p_words(p: float) -> str:

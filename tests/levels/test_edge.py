@@ -16,6 +16,7 @@ def goe_run():
 
 @pytest.mark.parametrize("side", ["high", "low"])
 def test_certified_levels_are_the_outermost_eigenvalues(goe_run, side):
+    """T9: none missing, each within its residual of the truth, or the rounding of it."""
     levels, spectrum = goe_run
     run = spectrum.spacing_run(side)
     assert run.size >= 25
@@ -80,6 +81,7 @@ def test_without_reorthogonalisation_there_is_no_level():
 
 
 def test_an_early_breakdown():
+    """T21: rank 5, 50 steps."""
     spectrum = spectrum_of(np.append(np.zeros(100), [1.0, 2.0, 3.0, 4.0, 5.0]), 50)
     reading = edge_statistics(spectrum, "high", exact_products=True)
     assert reading.verdict_kind == "insufficient"

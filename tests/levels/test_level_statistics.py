@@ -14,6 +14,7 @@ from lightning_rmt.levels.spacings import spacing_ratios
 
 
 def test_goe_repels():
+    """T3: 600 levels of the bulk of one GOE matrix; the rate over many is in test_calibration."""
     reading = level_statistics(goe(1000, np.random.default_rng(0))[200:800])
     assert abs(reading.z_goe) < 4
     assert reading.p_value > 0.001
@@ -29,6 +30,7 @@ def test_goe_repels():
 
 
 def test_independent_levels_do_not():
+    """T4: 600 independent levels."""
     reading = level_statistics(np.sort(np.random.default_rng(1).uniform(1, 2, 600)))
     assert reading.z_goe < -8
     assert reading.verdict_kind == "no_repulsion"
@@ -40,6 +42,7 @@ def test_independent_levels_do_not():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_two_blocks_are_intermediate(seed):
+    """T5: two GOE blocks of 300 levels laid over each other."""
     rng = np.random.default_rng(seed)
     reading = level_statistics(np.sort(np.append(goe(300, rng), goe(300, rng))))
     assert reading.spacing_ratio == pytest.approx(0.423, abs=0.05)
@@ -53,6 +56,7 @@ def test_eight_blocks_read_as_independent_levels():
 
 
 def test_equispaced_levels_are_more_regular():
+    """T8: a lattice is not GOE."""
     reading = level_statistics(np.arange(1.0, 601.0))
     assert reading.spacing_ratio == pytest.approx(1, abs=1e-9)
     assert reading.verdict_kind == "regular"
@@ -82,7 +86,7 @@ def test_outliers_are_left_out():
 
 @pytest.mark.parametrize("crystal", [1, 4])
 def test_ritz_values_are_crystals_and_refused(crystal):
-    """Poisson levels: one probe's Ritz values look nearly equispaced, those of four pooled look Poisson or worse."""
+    """T1, T2: Poisson levels: one probe's Ritz values look nearly equispaced, those of four pooled look Poisson or worse."""
     spectrum = spectrum_of(np.sort(np.random.default_rng(0).uniform(size=4000)), 100, probes=crystal)
     pooled = np.sort(spectrum.nodes.ravel())
     middle = pooled[pooled.size // 10 : -pooled.size // 10]
@@ -190,6 +194,7 @@ def numbers(reading):
 @settings(deadline=None, max_examples=20)
 @given(scale=st.floats(1e-30, 1e30), seed=st.integers(0, 99))
 def test_scaling_changes_nothing(scale, seed):
+    """T23: scale."""
     levels = two_signs_map(80, np.random.default_rng(seed))
     first, second = level_statistics(levels, noise=1e-9), level_statistics(scale * levels, noise=scale * 1e-9)
     assert numbers(second) == pytest.approx(numbers(first), rel=1e-3, abs=1e-4)
@@ -206,6 +211,7 @@ def test_mirror_symmetry(seed):
 
 
 def test_a_shift_changes_nothing_while_levels_keep_both_signs():
+    """T23: shift."""
     levels = bulk(200, np.random.default_rng(0))
     first, second = level_statistics(levels), level_statistics(levels + 0.3)
     assert numbers(second) == pytest.approx(numbers(first), rel=1e-6)

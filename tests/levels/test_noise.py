@@ -19,6 +19,7 @@ def deficient(request):
 
 
 def test_the_null_space_is_dropped(deficient):
+    """T6: a sample covariance of rank 400 in 1200 variables."""
     reading = level_statistics(deficient)
     assert reading.dropped == 800
     assert reading.levels == 400
@@ -28,6 +29,7 @@ def test_the_null_space_is_dropped(deficient):
 
 
 def test_negative_control_the_null_space_alone_reads_as_goe(deficient):
+    """T6: the trap."""
     assert spacing_ratios(deficient[:800].astype(np.float64)).mean() == pytest.approx(0.53, abs=0.05)
 
 
@@ -42,6 +44,7 @@ def noisy():
 
 
 def test_stirred_levels_are_dropped(noisy):
+    """T7: independent levels with noise."""
     reading = level_statistics(noisy, noise=1e-6)
     assert reading.spacing_ratio < 0.45
     assert reading.dropped > 400
@@ -50,6 +53,7 @@ def test_stirred_levels_are_dropped(noisy):
 
 
 def test_negative_control_stirred_levels_repel(noisy):
+    """T7: the trap."""
     stirred = noisy[np.abs(noisy) < 5e-7]
     assert spacing_ratios(stirred).mean() > 0.49
     assert level_statistics(noisy).spacing_ratio > level_statistics(noisy, noise=1e-6).spacing_ratio + 0.03

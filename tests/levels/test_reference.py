@@ -30,6 +30,7 @@ def windows():
 
 
 def test_the_ratio_of_goe(windows):
+    """T10: quantiles of the ratio."""
     ratios = np.array([spacing_ratios(window).mean() for window in windows])
     assert np.quantile(ratios, 0.01) == pytest.approx(0.458, abs=0.012)
     assert np.quantile(ratios, 0.99) == pytest.approx(0.601, abs=0.012)
@@ -38,6 +39,7 @@ def test_the_ratio_of_goe(windows):
 
 
 def test_distances_of_goe_from_the_surmise(windows):
+    """T10: quantiles of distances."""
     spacings = [np.diff(window) for window in windows]
     distances = np.array([anderson_darling(s) for s in spacings])
     assert np.quantile(distances, 0.99) == pytest.approx(1.73, abs=0.25)
@@ -46,6 +48,7 @@ def test_distances_of_goe_from_the_surmise(windows):
 
 
 def test_brodys_exponent(windows):
+    """T11: known exponents, and .957 for GOE."""
     rng = np.random.default_rng(0)
     assert brody_exponent(rng.weibull(1.5, 1000)) == pytest.approx(0.506, abs=0.15)
     assert brody_exponent(rng.weibull(1.3, 200_000)) == pytest.approx(0.3, abs=0.02)
