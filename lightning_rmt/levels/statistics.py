@@ -52,7 +52,9 @@ class LevelStatistics:
         z_poisson: ``(spacing_ratio - .3863) / (.320 / sqrt(m))``.
         anderson_darling: distance of the unfolded spacings from Wigner's surmise; the median over several spectra.
         p_value: probability of such a distance or more for GOE levels that went through the same procedure, simulated;
-            between 1e-4, which stands for "p < 1e-4", and 1. Several spectra: Cauchy combination.
+            between 1e-4, which stands for "p < 1e-4", and 1. Several spectra: Cauchy combination, which sees less of a
+            small difference that all of them share than ``brody`` does (28 batches of a softmax regression: p = .04, and
+            an exponent of .844 where GOE has .958 +- .014).
         brody: Brody's exponent by maximum likelihood. GOE has .957, not 1; independent levels 0.
         brody_goe: mean and standard deviation of ``brody`` for as many GOE levels.
         brody_poisson: the same for independent levels.

@@ -6,6 +6,7 @@ from known_spectra import goe, lanczos_of, spectrum_of, wishart
 
 from lightning_rmt import Spectrum
 from lightning_rmt.levels import edge_statistics
+from lightning_rmt.spectra.levels import ritz_levels
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,11 @@ def test_certified_levels_are_the_outermost_eigenvalues(goe_run, side):
     assert run.size >= 25
     truth = levels[::-1] if side == "high" else levels
     spacing = abs(truth[0] - truth[run.size - 1]) / (run.size - 1)
-    assert np.abs(run - truth[: run.size]).max() < 0.02 * spacing
+    error = np.abs(run - truth[: run.size])
+    assert error.max() < 0.02 * spacing
+    found = ritz_levels(spectrum.runs[0], spectrum.noise)
+    residuals = found.residuals[::-1] if side == "high" else found.residuals
+    assert (error <= residuals[: run.size] + found.rounding).all()
 
 
 def test_too_few_certified_levels(goe_run):
@@ -83,8 +88,11 @@ def test_without_reorthogonalisation_there_is_no_level():
 def test_an_early_breakdown():
     """T21: rank 5, 50 steps."""
     spectrum = spectrum_of(np.append(np.zeros(100), [1.0, 2.0, 3.0, 4.0, 5.0]), 50)
+    assert spectrum.runs[0].steps == 6
+    assert spectrum.weights.sum() == pytest.approx(1)
     reading = edge_statistics(spectrum, "high", exact_products=True)
     assert reading.verdict_kind == "insufficient"
+    assert "50 needed" in reading.verdict
 
 
 def test_another_side(goe_run):

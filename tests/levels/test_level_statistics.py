@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from known_spectra import goe, spectrum_of
 from mapped_levels import bulk, two_signs_map
 
-from lightning_rmt import LevelStatistics, level_statistics
+from lightning_rmt import LevelStatistics, Reading, level_statistics
+from lightning_rmt.levels import edge_statistics
 from lightning_rmt.levels.spacings import spacing_ratios
 
 
@@ -95,6 +96,19 @@ def test_ritz_values_are_crystals_and_refused(crystal):
     for argument in (spectrum, spectrum.runs[0], [spectrum]):
         with pytest.raises(TypeError, match=r"Ritz values are quadrature nodes.*levels= blocks"):
             level_statistics(argument)
+    for side in ("high", "low"):
+        edge = edge_statistics(spectrum, side, exact_products=True)
+        assert edge.verdict_kind == "insufficient"
+        assert edge.p_value is edge.z_goe is edge.brody is None
+    assert Reading(0, 0, spectrum, "hessian", "rmt", 1.0, 1).level_statistics == {}
+
+
+def test_ritz_values_in_a_bare_array_do_not_read_as_goe():
+    """They can't be told from eigenvalues; one run's read as a crystal, those of four, pooled, as clusters."""
+    spectrum = spectrum_of(np.sort(np.random.default_rng(0).uniform(size=4000)), 100, probes=4)
+    assert level_statistics(spectrum.nodes[0]).verdict_kind == "regular"
+    assert level_statistics(spectrum.nodes).verdict_kind == "regular"
+    assert level_statistics(np.sort(spectrum.nodes.ravel())).verdict_kind == "no_repulsion"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +126,13 @@ def test_ritz_values_are_crystals_and_refused(crystal):
         (np.zeros((2, 2, 2)), ValueError, "shape"),
         (3.0, ValueError, "shape"),
         (np.zeros((0, 5)), ValueError, "no spectrum"),
+        (np.arange(60, dtype=np.uint8)[::-1], ValueError, "ascending"),
+        (np.eye(4).tolist(), ValueError, "pass its eigenvalues"),
+        ([[1.0, 2.0], [2.0, 3.0]], ValueError, "pass its eigenvalues"),
+        (np.add.outer(np.arange(9.0), np.arange(9.0)) + 1e-7 * np.tri(9), ValueError, "pass its eigenvalues"),
+        ([np.arange(60.0), 3.0], ValueError, "spectrum 1: expected a vector"),
+        ([np.arange(60.0), np.full(60, np.nan)], ValueError, "spectrum 1: 60 of 60 eigenvalues are not finite"),
+        (None, TypeError, "real numbers"),
     ],
 )
 def test_what_is_no_spectrum_is_refused(levels, error, words):
@@ -125,8 +146,31 @@ def test_bad_noise(noise):
         level_statistics(np.arange(60.0), noise=noise)
 
 
+@pytest.mark.parametrize(("name", "value"), [("norm", -1.0), ("norm", np.nan), ("size", 0), ("size", 59)])
+def test_bad_norm_and_size(name, value):
+    with pytest.raises(ValueError, match=name):
+        level_statistics(np.arange(60.0), **{name: value})
+
+
+def test_a_norm_below_the_levels_is_theirs():
+    levels = np.sort(np.append(goe(100, np.random.default_rng(0)), np.full(30, 1e-14)))
+    assert level_statistics(levels, norm=1e-9) == level_statistics(levels)
+    assert level_statistics(levels).dropped == 30
+
+
 @pytest.mark.parametrize(
-    ("levels", "kept"), [([], 0), ([1.0], 0), (np.zeros(100), 0), (np.arange(1.0, 50.0), 49), (np.ones(100), 0)]
+    ("levels", "kept"),
+    [
+        ([], 0),
+        ([1.0], 0),
+        ([1.0, 2.0], 0),
+        ([1, 2, 4], 0),
+        ([-100, 100], 0),
+        ([[], []], 0),
+        (np.zeros(100), 0),
+        (np.arange(1.0, 50.0), 49),
+        (np.ones(100), 0),
+    ],
 )
 def test_too_few_levels(levels, kept):
     reading = level_statistics(levels)
@@ -142,6 +186,8 @@ def test_forty_copies_are_not_forty_times_the_levels():
     reading = level_statistics([levels] * 40)
     assert reading.correlation == pytest.approx(1)
     assert reading.verdict_kind == "insufficient"
+    assert reading.levels == 1600
+    assert "1600 kept over all spectra, worth 40 independent ones, 50 needed" in reading.verdict
 
 
 def test_pairs_of_degenerate_levels_are_refused():
@@ -199,6 +245,16 @@ def test_scaling_changes_nothing(scale, seed):
     first, second = level_statistics(levels, noise=1e-9), level_statistics(scale * levels, noise=scale * 1e-9)
     assert numbers(second) == pytest.approx(numbers(first), rel=1e-3, abs=1e-4)
     assert (first.levels, first.verdict_kind) == (second.levels, second.verdict_kind)
+
+
+def test_scaling_and_shifting_a_long_run():
+    """T23: the statistics over many spacings as well."""
+    levels = goe(900, np.random.default_rng(0))[200:700]
+    first = level_statistics(levels)
+    for other in (level_statistics(1e6 * levels), level_statistics(levels + 0.1), level_statistics(-levels[::-1])):
+        assert other.number_variance == pytest.approx(first.number_variance, rel=0.1)
+        assert other.rigidity == pytest.approx(first.rigidity, rel=0.1)
+        assert numbers(other) == pytest.approx(numbers(first), rel=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(3))
