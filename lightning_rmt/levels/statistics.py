@@ -49,6 +49,8 @@ class LevelStatistics:
         stderr: its standard error as estimated from these ratios, their correlation with their neighbours and between
             spectra included.
         z_goe: ``(spacing_ratio - .5307) / (.308 / sqrt(m))``, m the effective number of ratios; None below 50 levels.
+            Where the density varies over four decades GOE levels have -.57, -.34 and -.16 on average for k = 50, 100 and
+            400 (power law, 400 spectra each): neighbouring spacings aren't of one mean there.
         z_poisson: ``(spacing_ratio - .3863) / (.320 / sqrt(m))``.
         anderson_darling: distance of the unfolded spacings from Wigner's surmise; the median over several spectra.
         p_value: probability of such a distance or more for GOE levels that went through the same procedure, simulated;

@@ -45,6 +45,13 @@ def test_p_rejects_a_power_law_of_goe_levels_at_its_nominal_rate(k, count, low, 
     assert low <= (p < 0.05).mean() <= high
 
 
+def test_the_ratio_of_a_power_law_is_little_biased():
+    """Known limit of a ratio without unfolding: the fewer the levels over four decades, the more."""
+    z = np.array([reading.z_goe for reading in readings(MAPS["power_law_map"], 50, 400)], dtype=float)
+    assert -0.8 < np.nanmean(z) < -0.3
+    assert (np.abs(z) > 2.576).mean() <= 0.05
+
+
 def test_p_over_the_bulk_of_one_matrix():
     """T3: 600 levels of 1000, 100 matrices."""
     p = np.array([r.p_value for r in readings(lambda _, rng: goe(1000, rng)[200:800], 600, 100)])
