@@ -88,8 +88,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             parameters nearest to the loss, as many as half of the rest of the probe pays for. None: no level statistics.
             Each curvature batch of each rank gives one spectrum, and they are pooled.
         blocks: groups of parameters (layers or name patterns) that get a spectrum of their own at full probes, logged as
-            ``blocks/<group>/...``. The loss isn't evaluated again and no further graph is kept; a group costs up to
-            ``lanczos_steps`` products that reach no further than to it.
+            ``blocks/<group>/...``. A group costs up to ``lanczos_steps`` products, from the graphs of the whole spectrum
+            where these are kept, and those of the Hessian then reach no further than to it.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has

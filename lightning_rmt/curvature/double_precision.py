@@ -7,6 +7,7 @@ block to the loss, if autograd sees nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,10 +36,7 @@ class Slice:
     @property
     def size(self) -> int:
         """Number of entries."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
     @property
     def whole(self) -> bool:

@@ -206,10 +206,7 @@ class Hessian(CurvatureOperator):
 
     @contextmanager
     def within(self, places: Iterable[int]) -> Iterator[None]:
-        """Products of the block of these parameters only: neither is differentiated by the others, nor back to them.
-
-        Vectors must be zero outside the block.
-        """
+        """See `CurvatureOperator.within`: nothing is differentiated by the other parameters, nor back to them."""
         before, self._within = self._within, frozenset(places)
         try:
             yield

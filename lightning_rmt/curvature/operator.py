@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TypeVar
 
@@ -112,6 +114,16 @@ class CurvatureOperator(ABC):
             What `at_once` should be: False here, where there is one way only.
         """
         return False
+
+    def within(self, places: Iterable[int]) -> AbstractContextManager[None]:
+        """Inside, only products of the block of these parameters are taken, with vectors that are zero outside it.
+
+        An operator that can take them for less does; what it gives outside the block is then left out.
+
+        Args:
+            places: positions of the parameters in ``block``.
+        """
+        return nullcontext()
 
     def graph_bytes(self) -> int:
         """Memory of the autograd graphs that are kept between products; 0 where there are none."""

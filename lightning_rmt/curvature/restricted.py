@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import ParameterBlock
 
@@ -48,10 +47,7 @@ class Restricted(CurvatureOperator):
         for place, part in zip(self._places, inside, strict=True):
             parts[place] = part
         whole = torch.cat(parts, dim=1)
-        if isinstance(self._whole, Hessian):
-            with self._whole.within(self._places):
-                product = self._whole._matmat(whole)
-        else:
+        with self._whole.within(self._places):
             product = self._whole._matmat(whole)
         columns = product.split(self._whole.block.sizes, dim=1)
         return torch.cat([columns[place] for place in self._places], dim=1)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_rmt.laws.law import Law
-from lightning_rmt.laws.parameters import law_from_dict, law_to_dict
 from lightning_rmt.spectra.moments import Estimate
 
 #: Distances up to so many floors are no misfit, up to so many a weak one.
@@ -85,37 +83,3 @@ class Fit:
         if self.removed_zero_mass:
             said += f"; without the {self.removed_zero_mass:.3g} at zero"
         return said
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN and infinity become None."""
-        plain = {name: _number(getattr(self, name)) for name in _NUMBERS}
-        errors = {name: [_number(e.mean), _number(e.stderr)] for name, e in self.parameters.items()}
-        return {"law": law_to_dict(self.law), "parameters": errors, "verdict": self.verdict, **plain}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Fit:
-        """What `to_dict` gave; other entries are ignored.
-
-        Raises:
-            ValueError: entries are missing, or the law isn't known here.
-        """
-        try:
-            numbers = {name: saved[name] for name in _NUMBERS}
-            errors = {name: Estimate(*map(_float, pair)) for name, pair in saved["parameters"].items()}
-            law = law_from_dict(saved["law"])
-            for name in ("distance", "stderr", "floor", "exclusion_z"):
-                numbers[name] = _float(numbers[name])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"this saved fit is damaged: {error}") from error
-        return cls(law=law, parameters=errors, **numbers)
-
-
-_NUMBERS = tuple(name for name in Fit.__dataclass_fields__ if name not in ("law", "parameters"))
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
-
-
-def _float(value: float | None) -> float:
-    return math.nan if value is None else float(value)

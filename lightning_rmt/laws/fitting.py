@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_rmt.laws.bulk import NoFitError
 from lightning_rmt.laws.cumulants import Frame, MeasuredMoments, measured_moments
 from lightning_rmt.laws.distance import Comparison, comparison, law_distance, resolution_floor
 from lightning_rmt.laws.exclusion import Bounds, exclusion_z, spectrum_bounds
@@ -65,10 +66,14 @@ def fit_law(family: type[Law], measured: Measured) -> Fit:
     moments = measured.moments
     bulk = moments.bulk
     law = family.from_bulk(moments.moments())
-    at = comparison(law, bulk)
+    try:
+        at = comparison(law, bulk)
+        distance = law_distance(law, bulk, at)
+    except ValueError as error:  # a member with a spike that can't be integrated
+        raise NoFitError(str(error)) from error
     nodes, weights = bulk.pooled(at.zeros)
     frame = Frame(float(weights @ nodes), math.sqrt(float(weights @ (nodes - weights @ nodes) ** 2)))
-    distance = law_distance(law, bulk, at) / frame.unit
+    distance /= frame.unit
 
     values = parameters_of(law)
     jacobian = _jacobian(family, law, moments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_rmt.laws.bulk import NoFitError
 from lightning_rmt.laws.fit import Fit
@@ -81,23 +80,6 @@ class Ranking:
                 f"resolution 1/{fit.steps}, n = {fit.size}, probes {fit.probes}, outliers {fit.removed_outliers}"
             )
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"fits": [fit.to_dict() for fit in self.fits], "refused": [list(pair) for pair in self.refused]}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Ranking:
-        """What `to_dict` gave.
-
-        Raises:
-            ValueError: entries are missing or damaged.
-        """
-        try:
-            refused = tuple((str(name), str(reason)) for name, reason in saved["refused"])
-            return cls(tuple(Fit.from_dict(one) for one in saved["fits"]), refused)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this saved ranking is damaged: {error}") from error
 
 
 def rank_laws(spectrum: Spectrum, families: Sequence[type[Law]] = QUICK) -> Ranking:

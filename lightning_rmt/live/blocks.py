@@ -10,7 +10,7 @@ from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.restricted import Restricted
 from lightning_rmt.live.level_blocks import LevelBlock, named_block
-from lightning_rmt.live.memory import Memory, least_plan
+from lightning_rmt.live.memory import SHARE, Memory, Plan, free_bytes, least_plan, plan
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import ProbeSettings
 from lightning_rmt.probe import estimate_spectrum
@@ -29,7 +29,8 @@ def measure_blocks(
 ) -> tuple[Mapping[str, Spectrum], Sequence[str]]:
     """One spectrum for each group of parameters in ``settings.blocks``; called inside the fence, by all ranks.
 
-    The loss isn't evaluated again and no graph is built. A group of all parameters has the whole spectrum.
+    Exact products of the Hessian come from the graphs that are kept; where none are, each product runs the loss as those of
+    the whole spectrum do. A group of all parameters has the whole spectrum.
 
     Args:
         module: the LightningModule.
@@ -65,14 +66,19 @@ def _spectrum(
     block = all_or_none(ranks, lambda: Restricted(operator, [name for name, _ in group.pieces]))
     if block.size == operator.size:
         return whole
-    plan = least_plan(ranks, memory.plan(block, settings.lanczos_steps, 1))
-    all_or_none(ranks, lambda: memory.try_out(block, plan))
-    shared = block if ranks.group is None else RankSum(block, ranks.group)
+
+    def planned() -> Plan:
+        available = SHARE * free_bytes(block.device)
+        return plan(block.size, settings.lanczos_steps, 1, block.dtype, available, largest=memory.largest_basis)
+
+    agreed = least_plan(ranks, all_or_none(ranks, planned))
+    all_or_none(ranks, lambda: memory.try_out(block, agreed))
+    shared = all_or_none(ranks, lambda: block if ranks.group is None else RankSum(block, ranks.group))
 
     def run() -> Spectrum:
         rule = Settled(shared.size, shared.noise)
         try:
-            return estimate_spectrum(shared, steps=plan.steps, seed=seed, basis=plan.basis, until=rule)
+            return estimate_spectrum(shared, steps=agreed.steps, seed=seed, basis=agreed.basis, until=rule)
         except Exception:
             if isinstance(shared, RankSum) and shared.error is not None:
                 raise shared.error from None  # rather than the NaN that it made of the sum

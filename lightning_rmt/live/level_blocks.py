@@ -130,20 +130,21 @@ def named_block(module: nn.Module, pattern: str, parameters: Sequence[str] | Non
     chosen = list(found.values())
     if not chosen and _frozen(module, pattern):
         raise ValueError(f"{pattern!r} matches only frozen parameters (requires_grad=False)")
+    if not chosen and parameters is not None and any(_matches(n, pattern) for n, _ in module.named_parameters()):
+        raise ValueError(f"{pattern!r} is none of what parameters={list(parameters)} leaves to look at")
     if not chosen:
         chosen = select_parameters(trainable, [pattern])  # its message names what comes close
     return LevelBlock(_tag(pattern), tuple((name, tuple(p.shape)) for name, p in chosen))
 
 
-def nearest_block(trainable: dict[str, Tensor], distances: dict[int, int], room: int) -> LevelBlock | None:
+def nearest_block(trainable: dict[str, Tensor], distances: dict[int, int]) -> LevelBlock | None:
     """The block that ``levels="auto"`` takes, or None where there are too few parameters.
 
     Args:
         trainable: parameters by name.
         distances: see `steps_to_loss`.
-        room: the most levels that may be had.
     """
-    slices = nearest_layer(trainable, distances, fewest=FEWEST_AUTO, most=min(room, MOST_AUTO))
+    slices = nearest_layer(trainable, distances, fewest=FEWEST_AUTO, most=MOST_AUTO)
     if sum(part.size for part in slices) < FEWEST:
         return None
     layers = dict.fromkeys(part.name.rpartition(".")[0] or part.name for part in slices)

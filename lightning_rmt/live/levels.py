@@ -24,7 +24,6 @@ from lightning_rmt.live.level_blocks import (
     FEWEST,
     FEWEST_AUTO,
     MOST,
-    MOST_AUTO,
     TIME_SHARE,
     LevelBlock,
     named_block,
@@ -139,7 +138,7 @@ class _Work:
         # Another rank's batch may go another way through the module: one distance, and so one block, for all of them.
         agreed = self.ranks.largest([mine.get(id(p), _NOWHERE) for p in trainable.values()])
         distances = {id(p): n for p, n in zip(trainable.values(), agreed, strict=True) if n < _NOWHERE}
-        block = nearest_block(trainable, distances, MOST_AUTO)
+        block = nearest_block(trainable, distances)
         if block is None:
             raise RefusedError(f"too few parameters; {FEWEST} levels are needed")
         return block
@@ -155,7 +154,7 @@ class _Work:
             The levels, and the block with the number of coordinates that the time sufficed for.
         """
         begin = time.perf_counter()
-        slices = block.slices(self.module)
+        slices = self.together(partial(block.slices, self.module))
         if block.keep is not None:
             allowed = None
         with ExitStack() as stack:

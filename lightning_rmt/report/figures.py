@@ -244,7 +244,10 @@ def _write_title(figure: Figure, reading: Reading) -> None:
         va="top",
     )
     lines = [outlier_words(spectrum), law_words(reading.laws)]
-    lines += [level_words(scope, found) for scope, found in list(reading.level_statistics.items())[:1]]
+    scopes = list(reading.level_statistics.items())
+    lines += [level_words(scope, found) for scope, found in scopes[:1]]
+    if len(scopes) > 1:
+        lines[-1] += f"; {len(scopes) - 1} more"
     for i, line in enumerate(lines):
         height = 1 - (0.35 + 0.2 * i) / _HEIGHT
         figure.text(0.012, height, typeset(line), size=style.LEGEND_SIZE + 0.5, color=style.FAINT, va="top")

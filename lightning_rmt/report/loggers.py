@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from lightning_rmt.reading import Reading
 from lightning_rmt.report import tensorboard
 from lightning_rmt.report.history import HistoryEntry
-from lightning_rmt.report.once import Once
+from lightning_rmt.report.once import Once, OnChange
 from lightning_rmt.report.scalars import caveats, split, verdicts
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class LoggerReport:
 
     Every logger gets the scalars. TensorBoard also gets the density as a histogram, the figures and the notes;
     a logger with ``log_image`` (Weights & Biases) or with ``experiment.log_figure`` (MLflow) gets the figures. Sentences
-    (refusals, caveats, the reading's own notes) are written once each, however their numbers change.
+    (refusals, caveats, the reading's own notes) are written once each, however their numbers change; verdicts whenever they
+    change.
 
     State: the histogram's grid, the sentences already written, and how many full readings have been seen. It is kept over a
     resume by `state_dict` and `load_state_dict`.
@@ -41,6 +42,7 @@ class LoggerReport:
         self.custom_scalars = custom_scalars
         self._grid: list[float] = []
         self._once = Once()
+        self._verdicts = OnChange()
         self._seen = 0
         self._drawn_step: int | None = None
         self._layout_written = False
@@ -99,12 +101,14 @@ class LoggerReport:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, fit for a checkpoint."""
-        return {"grid": list(self._grid), "said": self._once.said, "seen": self._seen}
+        said = {"said": self._once.said, "verdicts": dict(self._verdicts.last)}
+        return {"grid": list(self._grid), "seen": self._seen, **said}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`: the same grid, nothing said twice."""
         self._grid = [float(edge) for edge in state["grid"]]
         self._once = Once(state["said"])
+        self._verdicts = OnChange(state.get("verdicts"))
         self._seen = int(state["seen"])
 
     def _log_data(self, logger: Any, reading: Reading, values: Mapping[str, float], sentences: Sequence[str]) -> None:
@@ -126,13 +130,17 @@ class LoggerReport:
 
     def _new_sentences(self, reading: Reading, reasons: Mapping[str, str]) -> list[str]:
         """What hasn't been said yet, each sentence with the tags that it is about."""
-        said: list[tuple[str, str]] = [*verdicts(reading).items(), *reasons.items(), *caveats(reading).items()]
+        judged = verdicts(reading)
+        told = [f"{tag}: {verdict}" for tag, verdict in judged.items() if self._verdicts.is_new(verdict, tag)]
+        # a statistic that is missing because of the verdict needn't say it again
+        reasons = {tag: reason for tag, reason in reasons.items() if reason not in judged.values()}
+        said: list[tuple[str, str]] = [*reasons.items(), *caveats(reading).items()]
         said += [("", note) for note in reading.notes]
         about: dict[str, list[str]] = {}
         for tag, sentence in said:
             if self._once.is_new(sentence, tag):
                 about.setdefault(sentence, []).extend([tag] if tag else [])
-        return [f"{', '.join(tags)}: {sentence}" if tags else sentence for sentence, tags in about.items()]
+        return told + [f"{', '.join(tags)}: {sentence}" if tags else sentence for sentence, tags in about.items()]
 
 
 class _Drawn:

@@ -113,9 +113,9 @@ def law_words(laws: Ranking) -> str:
 
 
 def level_words(scope: str, found: LevelStatistics) -> str:
-    """Level statistics in a title's length: ``levels of head repel: spacing ratio 0.526 ± 0.013 (GOE 0.531)``."""
+    """Level statistics in a title's length: ``head: levels repel, ratio 0.526 ± 0.013 (GOE 0.531, Poisson 0.386)``."""
     if found.spacing_ratio is None or found.stderr is None or found.verdict_kind == "insufficient":
-        return f"{scope}: too few levels for statistics ({found.levels})"
+        return f"{shortened(scope)}: too few levels for statistics ({found.levels})"
     said = {
         "repel": "levels repel",
         "no_repulsion": "no level repulsion",
@@ -126,7 +126,13 @@ def level_words(scope: str, found: LevelStatistics) -> str:
     if found.verdict_kind == "intermediate" and found.z_goe is not None and found.z_goe > -Z_LIMIT:
         said = "ratio as GOE's, but not the spacings"
     ratio = with_error(found.spacing_ratio, found.stderr)
-    return f"{scope}: {said}, spacing ratio {ratio} (GOE 0.531, Poisson 0.386)"
+    return f"{shortened(scope)}: {said}, ratio {ratio} (GOE 0.531, Poisson 0.386)"
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """The name with its middle left out where it is longer than a title has room for."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
 def operator_words(curvature: str) -> str:

@@ -106,3 +106,13 @@ def test_the_quartic_with_the_other_sign_or_the_largest_root_is_wrong(parameters
 def test_bad_parameters_are_refused(bad):
     with pytest.raises(ValueError, match="got"):
         BlockSemicircle(*bad)
+
+
+@pytest.mark.parametrize("coupling", [3e-3, 1e-4, 1e-9])
+def test_a_spike_that_the_grid_misses_is_refused(coupling):
+    """Half of this law is a spike of the coupling's width; normalising would turn the other half into all of it."""
+    law = BlockSemicircle(0.5, coupling, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"integrates to .* instead of 1"):
+        law.moment(1)
+    with pytest.raises(ValueError, match="too narrow for the grid"):
+        law.cdf(0.0)

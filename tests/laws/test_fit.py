@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from lightning_rmt.laws import Fit, MarchenkoPastur, Semicircle
+from lightning_rmt.laws import Fit, MarchenkoPastur
 from lightning_rmt.spectra.moments import Estimate
 
 FIT = Fit(
@@ -54,31 +53,3 @@ def test_what_was_taken_out_is_said():
     assert "without 3 outliers (0.001 of all)" in said
     assert "without the 0.25 at zero" in said
     assert "fourth free cumulant is off by 7.0" in said
-
-
-def test_saving():
-    assert Fit.from_dict(json.loads(json.dumps(FIT.to_dict()))) == FIT
-    unknown = replace(FIT, stderr=np.nan, kurtosis_z=None, parameters={"ratio": Estimate(0.5, np.nan)})
-    back = Fit.from_dict(json.loads(json.dumps(unknown.to_dict(), allow_nan=False)))
-    assert np.isnan(back.stderr)
-    assert np.isnan(back.parameters["ratio"].stderr)
-    assert back.kurtosis_z is None
-    assert back.verdict == unknown.verdict
-    # A later version may say more.
-    assert Fit.from_dict(FIT.to_dict() | {"colour": "red"}) == FIT
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [{"law": {"name": "Gauss"}}, {"law": {"name": "Semicircle", "color": 1}}, {"parameters": None}, {"law": 3}],
-)
-def test_a_damaged_fit_is_refused(damage):
-    with pytest.raises(ValueError, match=r"damaged|there is no law"):
-        Fit.from_dict(FIT.to_dict() | damage)
-    with pytest.raises(ValueError, match="damaged"):
-        Fit.from_dict({key: value for key, value in FIT.to_dict().items() if key != "floor"})
-
-
-def test_a_law_keeps_its_kind():
-    saved = replace(FIT, law=Semicircle(2.0, 1.0)).to_dict()
-    assert Fit.from_dict(saved).law == Semicircle(2.0, 1.0)

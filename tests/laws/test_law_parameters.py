@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from lightning_rmt.laws.block_semicircle import BlockSemicircle
 from lightning_rmt.laws.marchenko_pastur import MarchenkoPastur
-from lightning_rmt.laws.parameters import law_from_dict, law_to_dict, parameters_of, with_parameter
+from lightning_rmt.laws.parameters import parameters_of, with_parameter
 from lightning_rmt.laws.percolated_wigner import PercolatedWigner
 from lightning_rmt.laws.product_wigner import ProductWigner
 from lightning_rmt.laws.product_wishart import ProductWishart
@@ -49,24 +46,3 @@ def test_the_numbers_of_a_tuple_have_places():
 def test_a_value_outside_the_family_is_refused():
     with pytest.raises(ValueError, match="positive"):
         with_parameter(MarchenkoPastur(0.5), "ratio", -1.0)
-
-
-@pytest.mark.parametrize("law", [*LAWS, BlockSemicircle(0.5, 1.0, 2.0)], ids=repr)
-def test_a_file_gives_the_law_back(law):
-    assert law_from_dict(json.loads(json.dumps(law_to_dict(law)))) == law
-
-
-@pytest.mark.parametrize(
-    ("saved", "message"),
-    [
-        ({"name": "Cauchy"}, "no law 'Cauchy' here, only .*MarchenkoPastur"),
-        ({}, "no law None"),
-        ({"name": "MarchenkoPastur", "ratios": 1.0}, "damaged"),
-        ({"name": "MarchenkoPastur"}, "damaged"),
-        ({"name": "MarchenkoPastur", "ratio": -1.0}, "positive"),
-        ({"name": "MarchenkoPastur", "ratio": "rubbish"}, "damaged"),
-    ],
-)
-def test_a_damaged_file_is_refused(saved, message):
-    with pytest.raises(ValueError, match=message):
-        law_from_dict(saved)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from measured_cases import measured, product_wishart, quantiles, spectrum_of
 
-from lightning_rmt.laws import MarchenkoPastur, Ranking, Semicircle, WishartPlusWigner, rank_laws
+from lightning_rmt.laws import MarchenkoPastur, Semicircle, WishartPlusWigner, rank_laws
 from lightning_rmt.laws.cumulants import measured_moments
 from lightning_rmt.laws.ranking import QUICK
 
@@ -87,14 +85,6 @@ def test_the_table():
     assert lines[0].split() == ["law", "distance", "/", "floor", "bounds", "z", "verdict"]
     assert sum("simplest such" in line for line in lines) == 1
     assert lines[-1].startswith("resolution 1/100, n = 2000")
-
-
-def test_saving():
-    ranking = rank_laws(measured(MarchenkoPastur(0.5), steps=40))
-    back = Ranking.from_dict(json.loads(json.dumps(ranking.to_dict(), allow_nan=False)))
-    assert back == ranking
-    with pytest.raises(ValueError, match="damaged"):
-        Ranking.from_dict({"fits": []})
 
 
 def test_free_cumulants_of_a_sparse_matrix():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -114,16 +113,6 @@ def test_the_table():
     assert str(ranking).count("simplest such") == (ranking.simplest is not None)
     assert lines[-1] == "resolution 1/60, n = 4002, probes 1, outliers 2"
     assert "accept" not in str(ranking)
-
-
-def test_a_file_gives_it_back():
-    ranking = rank_laws(measured(MarchenkoPastur(3.0), 2000, 60), QUICK)
-    back = Ranking.from_dict(json.loads(json.dumps(ranking.to_dict(), allow_nan=False)))
-    assert back.to_dict() == ranking.to_dict()
-    assert str(back) == str(ranking)
-    for damaged in ({}, {"fits": []}, {"fits": [{}], "refused": []}, {"fits": [], "refused": [1]}):
-        with pytest.raises(ValueError, match="damaged"):
-            Ranking.from_dict(damaged)
 
 
 def test_a_spectrum_without_any_fit():

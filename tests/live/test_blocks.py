@@ -112,6 +112,22 @@ def test_refused_at_once(groups):
         watcher(blocks=groups)
 
 
+def test_a_plan_that_fails_is_a_note(tmp_path, monkeypatch):
+    def fails(device):
+        raise RuntimeError("nobody knows what is free")
+
+    monkeypatch.setattr(blocks, "free_bytes", fails)
+    watch = watcher(blocks=["net.0"], lanczos_steps=10)
+    train(CASE, tmp_path, watch)
+    assert watch.reading.blocks == {}
+    assert "no spectrum of net.0: nobody knows what is free" in watch.reading.notes
+
+
+def test_what_parameters_leaves_out_is_said_to_be_left_out(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"'net\.4' is none of what parameters=\['net\.0\.\*'\] leaves"):
+        train(CASE, tmp_path, watcher(blocks=["net.4"], parameters=["net.0.*"]))
+
+
 def on_this_rank(case: Case, directory: Path) -> dict[str, Any]:
     control = train(case, directory)
     watch = watcher(blocks=["net.0", "net.4"], loss_fn=plain, lanczos_steps=60)
@@ -130,6 +146,17 @@ def on_this_rank(case: Case, directory: Path) -> dict[str, Any]:
     watch = watcher(blocks=["net.0", "net.4"], loss_fn=plain, lanczos_steps=20)
     seen["failing"] = differences(train(case, directory, watch), control)
     seen["left"] = [sorted(watch.reading.blocks), [n for n in watch.reading.notes if "no spectrum of" in n]]
+
+    def fails_to_plan(device):
+        if os.environ["LOCAL_RANK"] == "1":
+            raise RuntimeError("nobody knows what is free")
+        return 2**40
+
+    blocks.Restricted = Fails.__base__
+    blocks.free_bytes = fails_to_plan
+    watch = watcher(blocks=["net.0", "net.4"], loss_fn=plain, lanczos_steps=20)
+    seen["unplanned"] = differences(train(case, directory, watch), control)
+    seen["without"] = [dict(watch.reading.blocks), len([n for n in watch.reading.notes if "no spectrum of" in n])]
     return seen
 
 
@@ -141,7 +168,8 @@ def test_two_ranks(strategy, tmp_path):
     one, two = on_two_ranks(on_this_rank, tmp_path, case, tmp_path)
     for rank in (one, two):
         assert rank["differences"] == []
-        assert rank["failing"] == []
+        assert rank["failing"] == rank["unplanned"] == []
+        assert rank["without"] == [{}, 2]
     assert {name: size for name, (size, _, _) in one["groups"].items()} == {"net.0": 112, "net.4": 315}
     for name, (_, nodes, weights) in one["groups"].items():
         assert np.array_equal(nodes, two["groups"][name][1])
