@@ -15,6 +15,7 @@ from lightning_rmt.krylov.lanczos import (
     basis_bytes,
     lanczos_lockstep,
     product_noise,
+    shards_of,
     start_vector,
 )
 from lightning_rmt.krylov.tridiagonal import NonFiniteError, Tridiagonal
@@ -59,13 +60,15 @@ class ProductCheck(NamedTuple):
 
 def check_product(operator: SymmetricOperator, seed: int = 0) -> ProductCheck:
     """Takes three products to see whether the operator is symmetric and gives the same product twice."""
+    shards = shards_of(operator)
     u = start_vector(operator, seed)
     Hu = operator.matmat(u[None])[0]
-    length = torch.linalg.vector_norm(Hu, dtype=torch.float64)
+    length = shards.norm(Hu)
     v = (Hu / torch.where(length > 0, length, 1.0)).to(operator.dtype)
     Hv, again = operator.matmat(v[None])[0], operator.matmat(u[None])[0]
-    asymmetry = (torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double())).abs()
-    drift = torch.linalg.vector_norm(again - Hu, dtype=torch.float64)
+    difference = torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double())
+    asymmetry = shards.total(difference[None])[0].abs()
+    drift = shards.norm(again - Hu)
     found = torch.stack([asymmetry, drift, length]).tolist()
     scale = found[2] if found[2] != 0.0 else 1.0  # H = 0 is symmetric
     return ProductCheck(found[0] / scale, found[1] / scale, max(40 * product_noise(operator), 1e-9))
@@ -155,7 +158,7 @@ class Forecast(NamedTuple):
     Attributes:
         products: operator products, at most.
         seconds: from the time of a measured product.
-        basis_bytes: memory of the Lanczos basis, on the operator's device.
+        basis_bytes: memory of the Lanczos basis in this process, on the operator's device.
     """
 
     products: int
@@ -168,7 +171,7 @@ def forecast(
 ) -> Forecast:
     """The cost of `estimate_spectrum` with these arguments."""
     products = probes * min(steps, operator.size)
-    kept = basis_bytes(basis, operator.size, steps, operator.dtype)
+    kept = basis_bytes(basis, operator.size, steps, operator.dtype, shards_of(operator).local_size)
     return Forecast(products, products * seconds_per_product, kept)
 
 

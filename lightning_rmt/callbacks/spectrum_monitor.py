@@ -15,6 +15,7 @@ from lightning_rmt.callbacks.arguments import (
     refuse_bad_levels,
     refuse_bad_values,
 )
+from lightning_rmt.krylov.collectives import LostRankError
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
 from lightning_rmt.live.loss import refuse_unusable_loss
@@ -22,7 +23,7 @@ from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
-from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
+from lightning_rmt.live.ranks import OtherRankFailedError, Ranks, refuse_different_arguments
 from lightning_rmt.live.schedule import Decision, Schedule, Speed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.strategies import refuse_untested_strategy
@@ -78,6 +79,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         lanczos_steps: products per probe, at most. 100 resolve most outliers; 50 are often enough with a few large ones.
         probes: random start vectors. One carries its own error bars; more make density and trace sharper.
         batches: curvature batches per probe and rank, collected over the steps before it.
+        rank_weights: of the curvature of several ranks: ``"equal"``, as DDP averages their gradients, or ``"samples"``, by
+            what their batches hold, which is the mean over the data set.
         loss_fn: function of (module, batch) that returns the loss, or (loss, weight). None: the module's
             ``curvature_loss(batch)`` if it has one, else its ``training_step``.
         outputs_fn: function of (module, batch) that returns the outputs and a function of them that is the loss, for
@@ -127,6 +130,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         lanczos_steps: int = 100,
         probes: int = 1,
         batches: int = 1,
+        rank_weights: Literal["equal", "samples"] = "equal",
         loss_fn: Callable[[Any, Any], Any] | None = None,
         outputs_fn: Callable[[Any, Any], Any] | None = None,
         parameters: list[str] | None = None,
@@ -146,12 +150,14 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         refuse_bad_values(every_n_steps, light_every_n_steps, max_overhead, parameters, seed, name)
         choose("curvature", curvature, ("hessian", "ggn", "gradient_covariance"))
         choose("product", product, ("auto", "exact", "finite_difference"))
+        choose("rank_weights", rank_weights, ("equal", "samples"))
         choose("on_error", on_error, ("warn", "raise"))
         refuse_bad_levels(levels, curvature)
         refuse_bad_blocks(blocks)
         self.curvature = curvature
         self.lanczos_steps = lanczos_steps
         self.probes = probes
+        self.rank_weights = rank_weights
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.parameters = parameters
@@ -198,6 +204,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             autocast=self.autocast,
             lanczos_steps=self.lanczos_steps,
             probes=self.probes,
+            rank_weights=self.rank_weights,
             batches=self._schedule.batches,
             seed=self.seed,
             name=self.name,
@@ -234,6 +241,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             refuse_unmatched_parameters(pl_module, self.parameters)
         refuse_unusable_levels(pl_module, self.levels, self.parameters)
         refuse_unusable_blocks(pl_module, self.blocks, self.parameters)
+        refuse_different_arguments(Ranks.of(trainer), vars(self._settings) | self._schedule.arguments)
         self._total_steps = total_steps(trainer)
         self._clock = time.perf_counter()
 
@@ -340,6 +348,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 learned=self._learned,
                 memory=self._memory,
             )
+        except LostRankError:  # no failure of the probe's: the training can't go on either
+            raise
         except Exception as error:
             if self.on_error == "raise":
                 raise

@@ -1,8 +1,8 @@
-"""One operator over several processes: the sample-weighted mean of what each has."""
+"""One operator over several processes: the mean of what each has."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,14 +11,23 @@ from torch import Tensor
 from lightning_rmt.curvature.errors import clear_frames
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.krylov.collectives import collective
+from lightning_rmt.krylov.shards import EvenShards
+
+#: How ranks with different numbers of samples count: each the same, which is what DDP's averaged gradients are of, or by
+#: their samples, which is the mean over the data set.
+RankWeights = Literal["equal", "samples"]
 
 
 class RankSum:
-    """The operator on the union of all ranks' batches: ``sum_r N_r H_r V / sum_r N_r``.
+    """The operator on the union of all ranks' batches: the weighted mean ``sum_r c_r H_r V`` of their products.
 
     A product is one local product and one all-reduce, however many tensors, batches and vectors there are;
     the operators are linear in the data, so nothing else is needed. Constructing it takes four more. Every
     rank must construct it and take the same products in the same order; all get the same numbers.
+
+    With ``sharded`` a rank holds its part of every vector only, and an all-gather before the local product with a
+    reduce-scatter behind it, which together move the bytes of the all-reduce, take its place.
 
     A rank whose local product raises keeps the exception in `error`, warns nobody, and contributes NaN from
     then on: every rank sees NaN in that same product, and none waits for another. ``KeyboardInterrupt`` passes.
@@ -27,11 +36,14 @@ class RankSum:
         operator: this rank's share, on the same parameters as the others'. A `GradientCovariance` is pooled,
             so that the result is the covariance around the mean over all ranks.
         group: process group; None: the default one.
+        weights: how much a rank counts, whose batches hold N_r samples: c_r = 1/W (``"equal"``) or N_r/N (``"samples"``).
+        sharded: `matmat` takes and gives this rank's part of each vector; see `EvenShards`.
 
     Attributes:
         size: dimension n.
         device: of the vectors, the local operator's.
         dtype: of the vectors.
+        shards: which entries this rank holds, None where each holds all.
         noise: relative rounding error of a product, the largest of any rank.
         exact: as the local operator's.
         product_error: relative error of a product as measured, the largest of any rank; None where they are exact.
@@ -45,9 +57,17 @@ class RankSum:
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
         ValueError: the ranks' operators have different sizes (raised on every rank).
+        LostRankError: another rank is gone.
     """
 
-    def __init__(self, operator: CurvatureOperator, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        operator: CurvatureOperator,
+        group: dist.ProcessGroup | None = None,
+        *,
+        weights: RankWeights = "samples",
+        sharded: bool = False,
+    ) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "torch.distributed is not initialised; a single process needs no RankSum: use the operator itself"
@@ -58,14 +78,17 @@ class RankSum:
         self.exact = operator.exact
         self.products = 0
         self.error: Exception | None = None
+        self.shards = EvenShards(operator.size, group) if sharded else None
 
         # NCCL reduces on its own device only; gloo wherever the vectors are
         nccl = "nccl" in str(dist.get_backend(group))
         self._reduce_on = torch.device("cuda", torch.cuda.current_device()) if nccl else self.device
         parts = operator.parts if isinstance(operator, GradientCovariance) else 0
         shape = float(self.size), float(len(operator.used))
-        totals = self._sum_floats([operator.samples, operator.samples * operator.loss_value, float(parts), *shape])
         world = dist.get_world_size(group)
+        weight = operator.samples if weights == "samples" else 1.0
+        mine = [operator.samples, weight * operator.loss_value, float(parts), *shape, weight]
+        *totals, weight_sum = self._sum_floats(mine)
         if totals[3:] != [world * number for number in shape]:
             raise ValueError(
                 f"the ranks' operators differ: this one has {shape[1]:g} parameters with {shape[0]:g} entries, the "
@@ -75,8 +98,8 @@ class RankSum:
         self.noise, error = self._sum(errors, dist.ReduceOp.MAX).tolist()
         self.product_error = None if operator.exact else error
         self.samples: float = totals[0]
-        self.loss_value: float = totals[1] / self.samples
-        self._fraction = operator.samples / self.samples
+        self.loss_value: float = totals[1] / weight_sum
+        self._fraction = weight / weight_sum
         used = [count > 0 for count in self._sum_floats([float(used) for used in operator.used])]
         self.unused = tuple(
             name
@@ -88,28 +111,29 @@ class RankSum:
             operator.pool(self.gradient, self.samples, int(totals[2]))
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Products with the rows of ``V``, the same on every rank; see `CurvatureOperator.matmat`.
+        """Products with the rows of ``V``; see `CurvatureOperator.matmat`.
 
         Args:
-            V: shape (k, size), the same on every rank.
+            V: shape (k, size), the same on every rank; (k, local size) where vectors are sharded.
 
         Returns:
-            Shape (k, size); all NaN once any rank's local product has raised.
+            The same shape; all NaN once any rank's local product has raised.
         """
+        whole = V if self.shards is None else self.shards.gather(V)
         product = None
         if self.error is None:
             try:
-                product = self.operator.matmat(V) * self._fraction
+                product = self.operator.matmat(whole) * self._fraction
             except Exception as error:  # whatever it is, the other ranks are about to wait for this one
                 clear_frames(error)
                 self.error = error
         if product is None:
-            product = torch.full(tuple(V.shape), float("nan"), dtype=self.dtype, device=self.device)
+            product = torch.full(tuple(whole.shape), float("nan"), dtype=self.dtype, device=self.device)
         self.products += V.shape[0]
-        return self._sum(product)
+        return self._sum(product) if self.shards is None else self.shards.scatter_sum(product)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Product with one vector of shape (size,); see `matmat`."""
+        """Product with one vector, of shape (size,) or (local size,); see `matmat`."""
         return self.matmat(v.unsqueeze(0)).squeeze(0)
 
     def agree(self, flag: bool) -> bool:
@@ -126,5 +150,6 @@ class RankSum:
     def _sum(self, tensor: Tensor, reduction: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sum (or other reduction) over ranks of a tensor of one shape, in one collective."""
         moved = tensor.to(self._reduce_on).contiguous()
-        dist.all_reduce(moved, op=reduction, group=self.group)
+        with collective():
+            dist.all_reduce(moved, op=reduction, group=self.group)
         return moved.to(tensor.device)

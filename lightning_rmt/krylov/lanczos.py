@@ -11,12 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_rmt.krylov.coefficients import Coefficients
+from lightning_rmt.krylov.collectives import OtherRankFailedError
 from lightning_rmt.krylov.reductions import inner_products, norm, subtract_combination
+from lightning_rmt.krylov.shards import Shards, Unsharded
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
 
-#: What a run keeps of its basis: every vector in the operator's dtype; in bfloat16; or none but the last two.
-Basis = Literal["full", "half", "none"]
-BASES: tuple[Basis, ...] = ("full", "half", "none")
+#: What a run keeps of its basis: every vector in the operator's dtype, on its device or in the host's memory; in bfloat16;
+#: or none but the last two.
+Basis = Literal["full", "host", "half", "none"]
+BASES: tuple[Basis, ...] = ("full", "host", "half", "none")
+
+#: Those with which Ritz values at the ends become eigenvalues.
+EXACT_BASES: tuple[Basis, ...] = ("full", "host")
 
 #: A residual must be so many times longer than what the last pass took out of it, or it is the products' error.
 ERROR_MARGIN = 4.0
@@ -25,8 +31,16 @@ ERROR_MARGIN = 4.0
 StopRule = Callable[[tuple[Tridiagonal, ...]], bool]
 
 
+#: Normal numbers drawn at once for a start vector: more would need a whole vector on the host.
+DRAWN_AT_ONCE = 2**24
+
+
 class SymmetricOperator(Protocol):
-    """What Lanczos needs to know of an operator; every class in ``curvature/`` has it, and so may yours."""
+    """What Lanczos needs to know of an operator; every class in ``curvature/`` has it, and so may yours.
+
+    An operator over several processes may also have ``shards`` (see `Shards`): its ``matmat`` then takes and gives this
+    process's parts of the vectors, shape (k, local_size).
+    """
 
     @property
     def size(self) -> int:
@@ -44,10 +58,16 @@ class SymmetricOperator(Protocol):
         """Product with k vectors: ``V`` of shape (k, n) to the same shape; must not synchronise with the host."""
 
 
-def basis_bytes(basis: Basis, size: int, steps: int, dtype: torch.dtype) -> int:
-    """Memory of the basis of one run with vectors of ``dtype``."""
-    kept = {"full": dtype.itemsize, "half": torch.bfloat16.itemsize, "none": 0}[basis]
-    return kept * min(steps, size) * size
+def shards_of(operator: SymmetricOperator) -> Shards:
+    """How an operator's vectors are spread; whole in this process, unless it says otherwise."""
+    shards: Shards | None = getattr(operator, "shards", None)
+    return Unsharded(operator.size) if shards is None else shards
+
+
+def basis_bytes(basis: Basis, size: int, steps: int, dtype: torch.dtype, local_size: int | None = None) -> int:
+    """Memory of the basis of one run with vectors of ``dtype``, of which this process holds ``local_size`` entries."""
+    kept = {"full": dtype.itemsize, "host": dtype.itemsize, "half": torch.bfloat16.itemsize, "none": 0}[basis]
+    return kept * min(steps, size) * (size if local_size is None else local_size)
 
 
 def rounding_noise(dtype: torch.dtype) -> float:
@@ -65,14 +85,23 @@ def product_noise(operator: SymmetricOperator) -> float:
 
 
 def start_vector(operator: SymmetricOperator, seed: int) -> Tensor:
-    """Random unit vector of shape (n,), uniform on the sphere.
+    """Random unit vector, uniform on the sphere: this process's part of it, all of shape (n,) without ``shards``.
 
-    Drawn on the CPU in float32 from its own generator, so that it is the same on every rank, device and dtype, and no
-    global random state is touched. Normalised in float64: a norm taken in float32 costs orthogonality.
+    Drawn on the CPU in float32 from its own generator, so that it is the same on every rank, device and dtype, however it
+    is spread, and no global random state is touched. Normalised in float64: a norm taken in float32 costs orthogonality.
     """
+    shards = shards_of(operator)
     generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(operator.size, generator=generator).to(operator.device, operator.dtype)
-    return (vector / norm(vector)).to(operator.dtype)
+    vector = torch.zeros(shards.local_size, dtype=operator.dtype, device=operator.device)
+    for first in range(0, operator.size, DRAWN_AT_ONCE):
+        drawn = torch.randn(min(DRAWN_AT_ONCE, operator.size - first), generator=generator)
+        place = 0
+        for start, stop in shards.segments:
+            low, high = max(start, first), min(stop, first + drawn.numel())
+            if low < high:
+                vector[place + low - start : place + high - start] = drawn[low - first : high - first]
+            place += stop - start
+    return (vector / shards.norm(vector)).to(operator.dtype)
 
 
 def lanczos(
@@ -87,7 +116,7 @@ def lanczos(
 
     Args:
         operator: see `SymmetricOperator`.
-        start: shape (n,), unit norm, the operator's dtype and device. It is not modified.
+        start: shape (n,), or this process's part of it; unit norm, the operator's dtype and device. It is not modified.
         steps: number of products, at least 1; at most n are made.
         reorthogonalise: keep the basis and orthogonalise against all of it.
         on_step: called on the host with the number of steps queued so far (for a progress bar).
@@ -98,8 +127,9 @@ def lanczos(
     Raises:
         ValueError: ``steps`` or the shape of ``start`` is wrong, or the operator returned NaN or infinity.
     """
-    if start.shape != (operator.size,):
-        raise ValueError(f"start must have shape ({operator.size},), got {tuple(start.shape)}")
+    local_size = shards_of(operator).local_size
+    if start.shape != (local_size,):
+        raise ValueError(f"start must have shape ({local_size},), got {tuple(start.shape)}")
     bases: tuple[Basis] = ("full" if reorthogonalise else "none",)
     return lanczos_lockstep(operator, [start], steps, bases=bases, on_step=on_step)[0]
 
@@ -123,16 +153,21 @@ def lanczos_lockstep(
     orthogonal to the same digit. A product that isn't symmetric to rounding (``noise``) gets a second pass, since there the
     recurrence leaves more than rounding behind; and a run ends where the pass took out as much as it left, since from there
     on errors would grow from step to step. Without a basis the quadrature stays right, but Ritz values may hold copies;
-    with one in bfloat16 they come late, but can come.
+    with one in bfloat16 they come late, but can come. A basis in the host's memory is as good as one on the device, and
+    slower: every pass copies it over.
 
     Nothing in the loop waits for the device (see `Coefficients` for how ``stop`` looks). An invariant subspace (residual at
     rounding level) can therefore not end the loop: from there on the vectors are zero, and the coefficients are cut off
     afterwards. Products are rescaled by a power of two, found in the first one, so a run for c*H is that for H exactly as
     long as c is one, and to rounding for any other c, whatever its size.
 
+    Over several processes (``shards``) each keeps its part of every vector: sums over entries are one all-reduce each, three
+    a step besides the product's: alpha, all coefficients of a Gram-Schmidt pass together, and the residual's norm.
+
     Args:
         operator: see `SymmetricOperator`.
-        starts: k vectors of shape (n,), unit norm, the operator's dtype and device. They are not modified.
+        starts: k vectors of shape (n,), or this process's parts of them; unit norm, the operator's dtype and device. They
+            are not modified.
         steps: products per start, at least 1; at most n are made.
         bases: what each run keeps. Memory: steps * n elements for a basis, and some five vectors for a run.
         stop: whether to end the run.
@@ -144,13 +179,17 @@ def lanczos_lockstep(
 
     Raises:
         ValueError: ``steps`` is below 1, or the operator returned NaN or infinity.
+        OtherRankFailedError: there are several processes, and one has no memory for its basis.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     steps = min(steps, operator.size)
     coefficients = Coefficients(len(starts), steps, operator.device)
     passes = 1 if product_noise(operator) <= rounding_noise(operator.dtype) else 2
-    runs = [_Run(start, steps, basis, passes) for start, basis in zip(starts, bases, strict=True)]
+    shards = shards_of(operator)
+    runs = _allocated(
+        operator, lambda: [_Run(*each, steps, passes, shards) for each in zip(starts, bases, strict=True)]
+    )
     taken = 0
     while taken < steps:
         vectors = runs[0].q[None] if len(runs) == 1 else torch.stack([run.q for run in runs])
@@ -170,40 +209,60 @@ def lanczos_lockstep(
     return _tridiagonals(coefficients.all()[:, :, :taken], bases)
 
 
+def _allocated(operator: SymmetricOperator, allocate: Callable[[], list[_Run]]) -> list[_Run]:
+    """What may fail on one process alone, before the first product; the others must not begin without it.
+
+    Raises:
+        OtherRankFailedError: it failed on another one.
+    """
+    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
+    try:
+        runs = allocate()
+    except Exception:
+        agree(False)
+        raise
+    if not agree(True):
+        raise OtherRankFailedError("another rank has no memory for its Lanczos basis. All ranks skip this probe")
+    return runs
+
+
 class _Run:
     """One run's vectors: the newest one (q), the one before, and the basis they belong to."""
 
-    def __init__(self, start: Tensor, steps: int, basis: Basis, passes: int) -> None:
+    def __init__(self, start: Tensor, basis: Basis, steps: int, passes: int, shards: Shards) -> None:
         dtype = torch.bfloat16 if basis == "half" else start.dtype
         self.q, self._previous, self._w = start.clone(), torch.zeros_like(start), torch.empty_like(start)
-        self._basis = start.new_empty(0 if basis == "none" else steps, start.numel(), dtype=dtype)
-        self._passes = passes
+        rows = 0 if basis == "none" else steps
+        where = torch.device("cpu") if basis == "host" else start.device
+        pinned = basis == "host" and start.is_cuda  # or copies would wait
+        self._basis = torch.empty(rows, start.numel(), dtype=dtype, device=where, pin_memory=pinned)
+        self._passes, self._shards = passes, shards
         self._beta = start.new_zeros((), dtype=torch.float64)
         self._largest = self._beta
         self._scale = start.new_ones(())
 
     def rescale(self, product: Tensor) -> Tensor:
         """Makes the power of two just above the largest entry of the first product the unit; 1 where that is zero."""
-        exponent = torch.frexp(product.abs().amax()).exponent
+        exponent = torch.frexp(self._shards.largest(product.abs().amax())).exponent
         self._scale = torch.ldexp(torch.ones_like(self._scale), exponent)
         return self._scale
 
     def advance(self, product: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Takes the next step from the product with q; returns alpha and beta, float64 scalars on the device."""
-        q, w = self.q, self._w
+        q, w, total = self.q, self._w, self._shards.total
         torch.div(product, self._scale, out=w)
-        alpha = inner_products(q[None], w)[0]
+        alpha = total(inner_products(q[None], w))[0]
         w.addcmul_(q, alpha.to(w.dtype), value=-1).addcmul_(self._previous, self._beta.to(w.dtype), value=-1)
         removed = torch.zeros_like(alpha)
         if self._basis.shape[0]:
-            self._basis[step] = q
+            self._basis[step].copy_(q, non_blocking=True)
             rows = self._basis[: step + 1]
             for _ in range(self._passes):
-                left = inner_products(rows, w)
+                left = total(inner_products(rows, w))
                 subtract_combination(w, rows, left)
                 alpha = alpha + left[-1]
                 removed = norm(left)
-        residual = norm(w)
+        residual = self._shards.norm(w)
         self._largest = torch.maximum(self._largest, torch.maximum(alpha.abs(), residual))
         # NaN compares false, so it is carried on and refused at the end.
         invariant = residual <= torch.maximum(rounding_noise(w.dtype) * self._largest, ERROR_MARGIN * removed)
@@ -220,5 +279,5 @@ def _tridiagonals(coefficients: NDArray[np.float64], bases: Sequence[Basis]) -> 
         alpha, beta = coefficients[:, i]
         ends = np.flatnonzero(beta == 0.0)
         used = int(ends[0]) + 1 if ends.size else alpha.size
-        found.append(Tridiagonal(alpha[:used], beta[:used], basis == "full"))
+        found.append(Tridiagonal(alpha[:used], beta[:used], basis in EXACT_BASES))
     return tuple(found)

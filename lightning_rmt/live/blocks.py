@@ -10,7 +10,7 @@ from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.restricted import Restricted
 from lightning_rmt.live.level_blocks import LevelBlock, named_block
-from lightning_rmt.live.memory import SHARE, Memory, Plan, free_bytes, least_plan, plan
+from lightning_rmt.live.memory import SHARE, Memory, Plan, free_bytes, host_bytes, least_plan, plan
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import ProbeSettings
 from lightning_rmt.probe import estimate_spectrum
@@ -67,13 +67,24 @@ def _spectrum(
     if block.size == operator.size:
         return whole
 
+    rows = ranks.local_size(block)
+
     def planned() -> Plan:
         available = SHARE * free_bytes(block.device)
-        return plan(block.size, settings.lanczos_steps, 1, block.dtype, available, largest=memory.largest_basis)
+        return plan(
+            block.size,
+            settings.lanczos_steps,
+            1,
+            block.dtype,
+            available,
+            host=SHARE * host_bytes(block.device),
+            local_size=rows,
+            largest=memory.largest_basis,
+        )
 
     agreed = least_plan(ranks, all_or_none(ranks, planned))
-    all_or_none(ranks, lambda: memory.try_out(block, agreed))
-    shared = all_or_none(ranks, lambda: block if ranks.group is None else RankSum(block, ranks.group))
+    all_or_none(ranks, lambda: memory.try_out(block, agreed, rows))
+    shared = all_or_none(ranks, lambda: ranks.mean(block, settings.rank_weights))
 
     def run() -> Spectrum:
         rule = Settled(shared.size, shared.noise)

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
-from lightning_rmt.krylov.lanczos import Basis, rounding_noise
+from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.announcement import announcement
@@ -24,7 +24,7 @@ from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
-from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import unsharded
 from lightning_rmt.probe import Measurement, Until, measure
@@ -125,14 +125,17 @@ def measure_live(
                 memory.graphs = operator.graph_bytes()
             if probes > 1:
                 operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
-            plan = memory.plan(operator, settings.lanczos_steps, probes, light=light is not None)
-            memory.try_out(operator, plan)  # here, where a rank may still fail alone
+            rows = ranks.local_size(operator)
+            plan = memory.plan(operator, settings.lanczos_steps, probes, local_size=rows, light=light is not None)
+            memory.try_out(operator, plan, rows)  # here, where a rank may still fail alone
             return operator, plan, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
 
+        if ranks.differing([step, int(light is not None)]):
+            raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
         # Two stages, since building has agreements of its own, which every rank must reach.
         batches, hooks = ranks.together(enter)
         operator, mine, warnings, notes = ranks.together(build)
-        shared = operator if ranks.group is None else RankSum(operator, ranks.group)
+        shared = ranks.mean(operator, settings.rank_weights)
         basis, steps = least_plan(ranks, mine)
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
         on_step = stack.enter_context(probe_progress(trainer, settings.name, probes * steps))
@@ -179,7 +182,7 @@ def measure_live(
 
 def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:
     """What a shortage of memory has cost, for the reading."""
-    if basis == "full":
+    if basis in EXACT_BASES:
         return (f"memory for {steps} of {wanted} Lanczos steps",) if steps < wanted else ()
     kept = "is kept in bfloat16" if basis == "half" else "is not kept"
     return (f"memory is short, so the Lanczos basis {kept}: density and sums only, no eigenvalues and no counts",)

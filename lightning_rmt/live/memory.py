@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ from lightning_rmt.live.ranks import Ranks
 #: Share of the free memory that a probe may take. The rest is for what it holds for a moment (the temporaries of a backward
 #: pass) and for other processes.
 SHARE = 0.7
-#: Vectors that a run holds besides its basis: the last two, the next one, the product and its parts.
-WORKING_VECTORS = 6
+#: Whole vectors that a run holds besides its basis: the product's input, itself and its parts.
+WHOLE_VECTORS = 3
+#: Vectors that it holds as long as they are (a part of each, where there are several ranks): the last two and the next one.
+LOCAL_VECTORS = 3
 #: Fewest steps that a light probe is cut down to where its basis doesn't fit.
 FEWEST_LIGHT_STEPS = 10
 #: An out-of-memory leaves graphs this share of what they took.
@@ -44,6 +47,15 @@ def free_bytes(device: torch.device) -> int:
     return _UNLIMITED
 
 
+def host_bytes(device: torch.device) -> int:
+    """The host's memory that a process can have besides its device's, its share among those on this host; 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
+    return free_bytes(torch.device("cpu")) // max(
+        int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or 1)), 1
+    )
+
+
 def container_headroom(root: Path) -> int:
     """What a control group's limit leaves, in bytes; psutil sees the whole machine.
 
@@ -65,7 +77,7 @@ def container_headroom(root: Path) -> int:
 
 
 class Plan(NamedTuple):
-    """How a probe keeps its Lanczos basis.
+    """How a probe keeps its Lanczos basis, in this process.
 
     Attributes:
         basis: see `Basis`.
@@ -89,10 +101,12 @@ def plan(
     dtype: torch.dtype,
     available: float,
     *,
+    host: float = 0.0,
+    local_size: int | None = None,
     largest: Basis = "full",
     light: bool = False,
 ) -> Plan:
-    """The best basis that fits: whole, in bfloat16 (density only), or none (three vectors, density only).
+    """The best basis that fits: whole, whole in the host's memory, in bfloat16 (density only), or none (density only).
 
     A light probe is after eigenvalues, which only a whole basis gives, so it takes fewer steps rather than a lesser one.
 
@@ -102,17 +116,22 @@ def plan(
         probes: start vectors.
         dtype: of the vectors.
         available: bytes that it may take.
+        host: bytes that it may take of the host's memory, where that isn't the device's.
+        local_size: entries of each vector that this process holds; None: all.
         largest: the best basis that may be chosen.
         light: for a light probe.
     """
     steps = min(steps, size)
-    left = max(available - WORKING_VECTORS * probes * size * dtype.itemsize, 0)
-    if light:
-        wanted = steps if largest == "full" else steps // 4  # a whole basis ran out of memory before
-        rows = min(int(left // (size * dtype.itemsize)), wanted)
-        return Plan("full", min(max(rows, FEWEST_LIGHT_STEPS), steps))
-    fitting = (b for b in BASES[BASES.index(largest) :] if basis_bytes(b, size, steps, dtype) <= left)
-    return Plan(next(fitting, "none"), steps)
+    length = size if local_size is None else local_size
+    left = max(available - (WHOLE_VECTORS * size + LOCAL_VECTORS * length) * probes * dtype.itemsize, 0)
+    room = {"full": left, "host": host, "half": left, "none": left}
+    bases = BASES[BASES.index(largest) :]
+    fitting = [b for b in bases if basis_bytes(b, size, steps, dtype, length) <= room[b]]
+    if not light or fitting[:1] == ["full"] or fitting[:1] == ["host"]:
+        return Plan(next(iter(fitting), "none"), steps)
+    wanted = steps if largest == "full" else steps // 4  # a whole basis ran out of memory before
+    rows = min(int(left // (length * dtype.itemsize)), wanted)
+    return Plan("full", min(max(rows, FEWEST_LIGHT_STEPS), steps))
 
 
 class Memory:
@@ -131,6 +150,7 @@ class Memory:
         self.graphs = 0
         self.free = 0
         self._basis_bytes = 0
+        self._has_host = False
         self._worked = 0
 
     def for_graphs(self, device: torch.device) -> int:
@@ -139,18 +159,38 @@ class Memory:
         allowed = int(SHARE * self.free)
         return allowed if self.graph_limit is None else min(allowed, self.graph_limit)
 
-    def plan(self, operator: SymmetricOperator, steps: int, probes: int, *, light: bool = False) -> Plan:
+    def plan(
+        self,
+        operator: SymmetricOperator,
+        steps: int,
+        probes: int,
+        *,
+        local_size: int | None = None,
+        light: bool = False,
+    ) -> Plan:
         """The basis of a probe with this operator, whose graphs are there already; see `plan`."""
-        size, dtype, free = operator.size, operator.dtype, free_bytes(operator.device)
+        size, dtype, device, free = operator.size, operator.dtype, operator.device, free_bytes(operator.device)
         self.free = max(self.free, free)
-        found = plan(size, steps, probes, dtype, SHARE * free, largest=self.largest_basis, light=light)
-        self._basis_bytes = basis_bytes(found.basis, size, found.steps, dtype)
+        host = SHARE * host_bytes(device)
+        found = plan(
+            size,
+            steps,
+            probes,
+            dtype,
+            SHARE * free,
+            host=host,
+            local_size=local_size,
+            largest=self.largest_basis,
+            light=light,
+        )
+        self._basis_bytes = basis_bytes(found.basis, size, found.steps, dtype, local_size)
+        self._has_host = host > 0
         return found
 
-    def try_out(self, operator: SymmetricOperator, found: Plan) -> None:
+    def try_out(self, operator: SymmetricOperator, found: Plan, local_size: int | None = None) -> None:
         """Takes the memory of the basis once and gives it back: whoever hasn't got it fails now."""
-        kept = basis_bytes(found.basis, operator.size, found.steps, operator.dtype)
-        torch.empty(kept, dtype=torch.uint8, device=operator.device)
+        kept = basis_bytes(found.basis, operator.size, found.steps, operator.dtype, local_size)
+        torch.empty(kept, dtype=torch.uint8, device="cpu" if found.basis == "host" else operator.device)
 
     def worked(self) -> None:
         """Notes a probe that worked: after `PATIENCE` of them the next is as large as the first one was meant to be."""
@@ -177,7 +217,10 @@ class Memory:
             torch.cuda.empty_cache()
         graphs = self.graphs if self.graph_limit is None else self.graph_limit
         if self._basis_bytes * SMALLER > graphs and self.largest_basis != "none":
-            self.largest_basis = BASES[BASES.index(self.largest_basis) + 1]
+            lesser = BASES[BASES.index(self.largest_basis) + 1 :]
+            self.largest_basis = next(basis for basis in lesser if basis != "host" or self._has_host)
+            if self.largest_basis == "host":
+                return "the next probe keeps its Lanczos basis in the host's memory"
             kept = "in bfloat16" if self.largest_basis == "half" else "not at all (three vectors)"
             return f"the next probe keeps its Lanczos basis {kept}, and shows the density without eigenvalues"
         if graphs > 1:

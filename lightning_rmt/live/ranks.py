@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from lightning_rmt.curvature.distributed import RankSum, RankWeights
 from lightning_rmt.curvature.errors import is_out_of_memory
+from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.krylov.collectives import LostRankError, OtherRankFailedError, collective
+from lightning_rmt.krylov.shards import can_scatter, even_length
+from lightning_rmt.live.namespaces import MisconfigurationException
 
 T = TypeVar("T")
-
-
-class OtherRankFailedError(RuntimeError):
-    """This rank was fine, but another one was not, so all of them skip the probe."""
 
 
 class RefusedError(Exception):
@@ -48,6 +50,19 @@ class Ranks:
         on_cpu = dist.get_backend(group) == "gloo"
         return cls(group, torch.device("cpu") if on_cpu else trainer.strategy.root_device)
 
+    def local_size(self, operator: CurvatureOperator) -> int:
+        """Entries of each Lanczos vector that a rank holds: its share, where the group can scatter them."""
+        return even_length(operator.size, self.size) if self._scatters(operator.device) else operator.size
+
+    def mean(self, operator: CurvatureOperator, weights: RankWeights) -> CurvatureOperator | RankSum:
+        """The operator over all ranks' batches, its vectors sharded where that can be; itself for a single process."""
+        if self.group is None:
+            return operator
+        return RankSum(operator, self.group, weights=weights, sharded=self._scatters(operator.device))
+
+    def _scatters(self, device: torch.device) -> bool:
+        return self.group is not None and can_scatter(device, self.group)
+
     def least(self, number: int) -> int:
         """The smallest number of any rank (one small all-reduce)."""
         return -self.largest((-number,))[0]
@@ -70,10 +85,13 @@ class Ranks:
         result, error = None, None
         try:
             result = stage()
+        except LostRankError:  # nobody to agree with
+            raise
         except Exception as caught:
             error = caught
         fine, consequence, cause = 2, 1, 0
-        mine = fine if error is None else consequence if follows(error) else cause
+        follows_it = error is not None and (isinstance(error, OtherRankFailedError) or follows(error))
+        mine = fine if error is None else consequence if follows_it else cause
         worst = self.least(mine)
         try:
             if error is not None and not (mine == consequence and worst == cause):
@@ -89,8 +107,14 @@ class Ranks:
         if self.group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        with collective():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return [int(value) for value in tensor.tolist()]
+
+    def differing(self, values: Sequence[int]) -> list[int]:
+        """The places at which not every rank gives the same value (one small all-reduce)."""
+        largest = self.largest([*values, *(-value for value in values)])
+        return [i for i in range(len(values)) if largest[i] != -largest[len(values) + i]]
 
     def gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Every rank's values, shape (ranks, *values.shape); the shape is the same on all of them."""
@@ -98,7 +122,8 @@ class Ranks:
             return values[None]
         everyones = torch.zeros(self.size, *values.shape, dtype=torch.float64, device=self._device)
         everyones[self.rank] = torch.from_numpy(values)
-        dist.all_reduce(everyones, group=self.group)
+        with collective():
+            dist.all_reduce(everyones, group=self.group)
         return np.asarray(everyones.cpu().numpy())
 
     def from_first(self, values: Sequence[int]) -> list[int]:
@@ -106,8 +131,29 @@ class Ranks:
         if self.group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
-        dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
+        with collective():
+            dist.broadcast(tensor, src=dist.get_global_rank(self.group, 0), group=self.group)
         return [int(value) for value in tensor.tolist()]
+
+
+def refuse_different_arguments(ranks: Ranks, arguments: Mapping[str, object]) -> None:
+    """Refuses a callback whose arguments aren't the same on every rank, on all of them.
+
+    Args:
+        ranks: all that train together.
+        arguments: plain values by name; what is no value, such as a function, is only asked whether it is there.
+
+    Raises:
+        MisconfigurationException: ranks differ; the message names the arguments.
+    """
+    words = [repr(value is not None) if callable(value) else repr(value) for value in arguments.values()]
+    differing = ranks.differing([zlib.crc32(word.encode()) for word in words])
+    if differing:
+        names = [list(arguments)[i] for i in differing]
+        raise MisconfigurationException(
+            f"ranks disagree about the SpectrumMonitor's {', '.join(names)} (here {words[differing[0]]}): build it with the "
+            "same arguments on every rank, or their probes wait for each other"
+        )
 
 
 def all_or_none(ranks: Ranks, stage: Callable[[], T]) -> T:
@@ -119,6 +165,8 @@ def all_or_none(ranks: Ranks, stage: Callable[[], T]) -> T:
     result, reason = None, None
     try:
         result = stage()
+    except LostRankError:
+        raise
     except Exception as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error) or type(error).__name__
     if not ranks.all_ok(reason is None):

@@ -74,6 +74,16 @@ class Schedule:
         self._light_cost: float | None = None
         self._step_seconds: deque[float] = deque(maxlen=100)
 
+    @property
+    def arguments(self) -> dict[str, float | None]:
+        """What it was made with."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "light_every_n_steps": self.light_every_n_steps,
+            "max_overhead": self.max_overhead,
+            "batches": self.batches,
+        }
+
     def window(self, accumulate: int) -> int:
         """Steps that a probe's batches take, with ``accumulate`` batches to a step."""
         return math.ceil(self.batches / accumulate)

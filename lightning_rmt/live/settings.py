@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_rmt.curvature.distributed import RankWeights
 from lightning_rmt.live.level_blocks import LevelBlock
 from lightning_rmt.live.loss import LossFn
 
@@ -34,6 +35,7 @@ class ProbeSettings:
     batches: int
     seed: int
     name: str
+    rank_weights: RankWeights = "equal"
 
     @property
     def first_order(self) -> bool:

@@ -18,8 +18,8 @@ from harness import EVERY, Case, ProductProbe, differences, digest, train
 from live_models import Classifier, Collected, cnn, images, vectors
 from nasty_models import WritesToLogger
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from several_ranks import on_two_ranks
 from torch import nn
-from two_ranks import on_two_ranks
 
 from lightning_rmt import SpectrumMonitor
 from lightning_rmt.callbacks import spectrum_monitor

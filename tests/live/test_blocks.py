@@ -11,10 +11,10 @@ import pytest
 from harness import Case, differences, train
 from level_modules import CASE, Headed, monitor, spied
 from live_models import vectors
+from several_ranks import on_two_ranks
 from test_bitwise_distributed import ddp, fsdp2
 from test_levels_distributed import Sharded, TwoHeads, plain
 from torch.nn import functional as F
-from two_ranks import on_two_ranks
 
 from lightning_rmt.live import blocks
 from lightning_rmt.live.namespaces import MisconfigurationException

@@ -13,10 +13,10 @@ import torch
 from harness import Case, differences, train
 from level_modules import Headed, agree, monitor, spied
 from live_models import CLASSES, vectors
+from several_ranks import on_two_ranks
 from test_bitwise_distributed import ddp, fsdp2
 from torch import nn
 from torch.nn import functional as F
-from two_ranks import on_two_ranks
 
 from lightning_rmt.live import levels, memory
 

@@ -19,9 +19,10 @@ from lightning_rmt.curvature.errors import GraphTooLargeError, is_out_of_memory
 from lightning_rmt.live import memory as live_memory
 from lightning_rmt.live.memory import (
     FEWEST_LIGHT_STEPS,
+    LOCAL_VECTORS,
     PATIENCE,
     SHARE,
-    WORKING_VECTORS,
+    WHOLE_VECTORS,
     Memory,
     Plan,
     container_headroom,
@@ -32,6 +33,7 @@ from lightning_rmt.live.memory import (
 F32 = torch.float32
 N, M = 1000, 50
 VECTOR = 4 * N
+WORKING_VECTORS = LOCAL_VECTORS + WHOLE_VECTORS
 WORKING = WORKING_VECTORS * VECTOR
 
 
@@ -198,10 +200,10 @@ def test_the_probe_after_an_out_of_memory_is_smaller_and_the_log_says_so(tmp_pat
     from lightning_rmt.krylov import lanczos
 
     class Run(lanczos._Run):
-        def __init__(self, start: Any, steps: int, basis: str, passes: int) -> None:
+        def __init__(self, start: Any, basis: str, *arguments: Any) -> None:
             if basis == "full":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
-            super().__init__(start, steps, basis, passes)
+            super().__init__(start, basis, *arguments)
 
     monkeypatch.setattr(lanczos, "_Run", Run)
     watch = monitor()
@@ -254,7 +256,7 @@ def test_a_product_that_runs_out_of_memory_leads_to_a_smaller_probe(tmp_path, mo
         return product(self, index, V)
 
     monkeypatch.setattr(Hessian, "_batch_products", fails)
-    monkeypatch.setattr(Memory, "plan", lambda self, operator, steps, probes, light=False: Plan("full", steps))
+    monkeypatch.setattr(Memory, "plan", lambda self, operator, steps, probes, **limits: Plan("full", steps))
     case = Case("dropout", Metered, many)
     watch = monitor(every_n_steps=1)
     with pytest.warns(UserWarning, match="out of memory.*the next probe's graphs get .* MiB, and are built in pieces"):

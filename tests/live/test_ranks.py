@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 import torch.distributed as dist
-from two_ranks import on_two_ranks
+from several_ranks import on_two_ranks
 
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 

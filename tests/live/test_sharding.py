@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import digest
+from several_ranks import on_two_ranks
 from torch import nn
-from two_ranks import on_two_ranks
 
 from lightning_rmt.live.sharding import unsharded
 
