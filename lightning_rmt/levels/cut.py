@@ -53,6 +53,7 @@ class Cut:
     Attributes:
         runs: the runs that are long enough, ascending.
         outliers: levels that stand apart from the rest at either end.
+        outliers_counted: whether those could be told from the rest at both ends.
         zeros: levels within the zero cut.
         crowded: levels whose neighbourhood is too dense for the noise, atoms included.
         degenerate: levels that were collapsed into a neighbour.
@@ -64,6 +65,7 @@ class Cut:
 
     runs: tuple[Run, ...]
     outliers: int
+    outliers_counted: bool
     zeros: int
     crowded: int
     degenerate: int
@@ -114,7 +116,8 @@ def cut_levels(
 
     index = np.arange(n)
     is_zero = np.abs(eigenvalues) <= tau
-    low, high = (0, 0) if keep_outliers else _outliers(eigenvalues, max(noise, 20 * eps * norm))
+    counts = (0, 0) if keep_outliers else _outliers(eigenvalues, max(noise, 20 * eps * norm))
+    low, high = (count or 0 for count in counts)
     # from the first level that isn't an outlier: other spectra of the block may have more or fewer of those
     ranks = np.where(eigenvalues > 0, n - 1 - high - index, low - 1 - index)
     apart_from_rest = ((index < low) | (index >= n - high)) & ~is_zero
@@ -137,6 +140,7 @@ def cut_levels(
     return Cut(
         runs=tuple(runs),
         outliers=int(apart_from_rest.sum()),
+        outliers_counted=None not in counts,
         zeros=int(is_zero.sum()),
         crowded=crowded,
         degenerate=degenerate,
@@ -147,13 +151,13 @@ def cut_levels(
     )
 
 
-def _outliers(eigenvalues: NDArray[np.float64], noise: float) -> tuple[int, int]:
-    """Number of outliers at the lower and at the upper end, 0 where there is no count."""
+def _outliers(eigenvalues: NDArray[np.float64], noise: float) -> tuple[int | None, int | None]:
+    """Number of outliers at the lower and at the upper end, None where they can't be told from the rest."""
     scale = float(np.abs(eigenvalues).max(initial=0.0))
     if scale == 0:
         return 0, 0
     found = find_outliers([exact_levels(eigenvalues, min(noise / scale, 0.2))], eigenvalues.size)
-    return found.low.count or 0, found.high.count or 0
+    return found.low.count, found.high.count
 
 
 def _split(index: NDArray[np.intp], keep: NDArray[np.bool_]) -> list[NDArray[np.intp]]:

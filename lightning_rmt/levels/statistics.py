@@ -215,6 +215,9 @@ def level_statistics(
             levels=levels,
             spectra=len(spectra),
             effective_ratios=effective,
+            brody=numbers.get("brody"),
+            brody_goe=numbers.get("brody_goe"),
+            outliers_counted=all(cut.outliers_counted for cut in cuts),
         )
         kind, words = verdict(evidence)
         numbers |= {"z_goe": z_goe, "z_poisson": z_poisson, "detectable": detectable_difference(effective)}

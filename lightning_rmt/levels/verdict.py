@@ -30,7 +30,10 @@ class Evidence:
 
     ``brody_z_poisson`` is how many standard deviations Brody's exponent is above that of independent levels. It is the
     sharper of the two: two blocks of 300 levels laid over each other are told from independent levels by their ratio in
-    about six of ten cases, by the exponent nearly always.
+    about six of ten cases, by the exponent nearly always. ``brody`` and ``brody_goe`` are the exponent itself and its mean
+    and standard deviation over GOE spectra.
+
+    ``outliers_counted`` says whether levels that stand apart could be told from the rest; if not, some may be among them.
     """
 
     spacing_ratio: float
@@ -42,6 +45,9 @@ class Evidence:
     levels: int
     spectra: int
     effective_ratios: float
+    brody: float | None = None
+    brody_goe: tuple[float, float] | None = None
+    outliers_counted: bool = True
 
 
 def detectable_difference(effective_ratios: float) -> float:
@@ -86,13 +92,19 @@ def _judge(evidence: Evidence) -> tuple[VerdictKind, str]:
         return "no_repulsion", "no repulsion detected (consistent with Poisson or >= 4 independent blocks)"
     if below_goe:
         return "intermediate", "intermediate (levels repel less than GOE's, and more than Poisson's)"
+    uncounted = "" if evidence.outliers_counted else ", which outliers that couldn't be counted bring about too"
     if misfit and above_poisson:
-        return (
-            "intermediate",
-            "intermediate (the ratio is consistent with GOE, the unfolded spacings aren't)",
-        )
+        words = f"intermediate (the ratio is consistent with GOE, the unfolded spacings aren't{uncounted})"
+        return "intermediate", words
     if misfit:
-        return "intermediate", "intermediate (the ratio can't tell, the unfolded spacings aren't GOE's)"
+        return "intermediate", f"intermediate (the ratio can't tell, the unfolded spacings aren't GOE's{uncounted})"
+    if above_poisson and evidence.brody is not None and evidence.brody_goe is not None:
+        mean, sd = evidence.brody_goe
+        if abs(evidence.brody - mean) > Z_LIMIT * sd:
+            return "repel", (
+                "levels repel (the ratio is consistent with GOE and excludes Poisson; the spacings' Brody exponent, "
+                f"{evidence.brody:.2f}, isn't GOE's {mean:.2f} +- {sd:.2f})"
+            )
     if above_poisson:
         return "repel", "levels repel (consistent with GOE, excludes Poisson)"
     return "insufficient", f"insufficient levels (the ratio, {GOE_RATIO} for GOE, excludes neither GOE nor Poisson)"

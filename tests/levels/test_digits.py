@@ -72,6 +72,7 @@ def test_trained_levels_are_not_quite_goe(readings):
     trained = readings["trained"]
     mean, sd = trained.brody_goe
     assert (trained.brody - mean) / sd < -5
+    assert f"Brody exponent, {trained.brody:.2f}, isn't GOE's {mean:.2f}" in trained.verdict
 
 
 def test_untrained_levels_repel_less(readings):

@@ -27,6 +27,13 @@ GOE = Evidence(
         ({}, "repel", "levels repel (consistent with GOE, excludes Poisson)"),
         ({"p_value": None}, "repel", "levels repel"),
         ({"p_value": 0.009}, "intermediate", "the ratio is consistent with GOE, the unfolded spacings aren't"),
+        (
+            {"p_value": 0.009, "outliers_counted": False},
+            "intermediate",
+            "aren't, which outliers that couldn't be counted",
+        ),
+        ({"brody": 0.93, "brody_goe": (0.957, 0.014)}, "repel", "levels repel (consistent with GOE, excludes Poisson)"),
+        ({"brody": 0.86, "brody_goe": (0.957, 0.014)}, "repel", "Brody exponent, 0.86, isn't GOE's 0.96 +- 0.01"),
         ({"p_value": 0.011}, "repel", "levels repel"),
         ({"z_goe": 2.6}, "regular", "more regular than GOE"),
         ({"z_goe": -2.5}, "repel", "levels repel"),
