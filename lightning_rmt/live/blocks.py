@@ -48,13 +48,14 @@ def measure_blocks(
     for pattern in settings.blocks or ():
         try:
             group = all_or_none(ranks, partial(named_block, module, pattern, settings.parameters))
-            found[group.name] = _spectrum(operator, whole, group, settings, ranks, memory, seed)
+            found[group.name] = _spectrum(module, operator, whole, group, settings, ranks, memory, seed)
         except RefusedError as error:
             notes.append(f"no spectrum of {pattern}: {error}")
     return found, notes
 
 
 def _spectrum(
+    module: Any,
     operator: CurvatureOperator,
     whole: Spectrum,
     group: LevelBlock,
@@ -63,7 +64,12 @@ def _spectrum(
     memory: Memory,
     seed: int,
 ) -> Spectrum:
-    block = all_or_none(ranks, lambda: Restricted(operator, [name for name, _ in group.pieces]))
+    def restricted() -> Restricted:
+        tensors = dict(module.named_parameters(remove_duplicate=False))
+        known = {id(p): name for name, p in zip(operator.block.names, operator.block.tensors, strict=True)}
+        return Restricted(operator, [known[id(tensors[name])] for name, _ in group.pieces])  # a tied one has two names
+
+    block = all_or_none(ranks, restricted)
     if block.size == operator.size:
         return whole
 

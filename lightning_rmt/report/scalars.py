@@ -219,8 +219,8 @@ def _run(reading: Reading) -> Iterator[_Item]:
     yield _Item("probe_seconds", reading.seconds, "")
     yield _Item("overhead", reading.overhead, "the training's time was not measured")
     yield _Item("products", reading.spectrum.products, "")
-    if not reading.light:
-        yield _Item("symmetry_error", reading.symmetry_error, "not tested at this reading")
-        yield _Item("repeat_error", reading.repeat_error, "not tested at this reading")
+    for tag in ("symmetry_error", "repeat_error"):
+        if getattr(reading, tag) is not None:  # tested once, which needs no sentence later
+            yield _Item(tag, getattr(reading, tag), "")
     if reading.product != "exact":  # else there is no such number, which needs no sentence
         yield _Item("product_error", reading.product_error, "not measured at this reading")

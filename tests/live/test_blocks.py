@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 from harness import Case, differences, train
 from level_modules import CASE, Headed, monitor, spied
 from live_models import vectors
+from pytorch_lightning.loggers import TensorBoardLogger
 from several_ranks import on_two_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bitwise_distributed import ddp, fsdp2
 from test_levels_distributed import Sharded, TwoHeads, plain
+from torch import nn
 from torch.nn import functional as F
 
 from lightning_rmt.live import blocks
@@ -177,3 +182,77 @@ def test_two_ranks(strategy, tmp_path):
     assert one["left"][0] == two["left"][0] == ["net.4"]
     assert two["left"][1] == ["no spectrum of net.0: only here"]
     assert one["left"][1][0].startswith("no spectrum of net.0: ")
+
+
+def test_the_announcement_counts_the_groups_products(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(CASE, tmp_path, watcher(blocks=["net.0", "net.4"], lanczos_steps=10))
+    (said,) = {r.message for r in caplog.records if "the first probe takes" in r.message}
+    assert "at most 30 products" in said
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The 'train_dataloader' does not have")
+def test_group_tags_in_the_event_file(tmp_path):
+    watch = watcher(blocks=["net.4"], lanczos_steps=60)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    pl.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[watch],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+    ).fit(Headed(), vectors())
+    board = EventAccumulator(str(tmp_path)).Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if tag.startswith("rmt/blocks/")]
+    assert {"lambda_max", "lambda_min", "trace", "trace_stderr"} <= {tag.split("/")[-1] for tag in tags}
+    last = board.Scalars("rmt/blocks/net.4/lambda_max")[-1]
+    assert (last.step, last.value) == (
+        watch.reading.step,
+        pytest.approx(watch.reading.blocks["net.4"].lambda_max.value, rel=1e-6),
+    )
+
+
+class FrozenAndTied(Headed):
+    """The first layer is frozen; the third's bias is that of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+        self.net[2] = nn.Linear(16, 15)
+        self.net[4] = nn.Linear(15, 15)
+        self.net[4].bias = self.net[2].bias
+
+
+def test_frozen_and_tied_parameters(tmp_path):
+    """A frozen group is a note; a tied tensor counts once, in either group that names it."""
+    watch = watcher(blocks=["net.0", "net.2", "net.4"])
+    case = Case("frozen and tied", FrozenAndTied, vectors)
+    train(case, tmp_path, watch)
+    assert {name: s.size for name, s in watch.reading.blocks.items()} == {"net.2": 255, "net.4": 240}
+    (said,) = (note for note in watch.reading.notes if "no spectrum of net.0" in note)
+    assert "frozen" in said or "requires_grad" in said
+
+
+def test_short_memory_costs_a_group_its_eigenvalues(tmp_path, monkeypatch):
+    """Room for the vectors that any run needs, and for none of the basis."""
+    monkeypatch.setattr(blocks, "free_bytes", lambda device: 0)
+    watch = watcher(blocks=["net.4"], lanczos_steps=40)
+    train(CASE, tmp_path, watch)
+    assert watch.reading.spectrum.top
+    assert watch.reading.blocks["net.4"].top == ()
+
+
+def test_groups_are_in_the_cost_that_the_schedule_knows(tmp_path, monkeypatch):
+    product, pause = blocks.Restricted._matmat, 0.01
+
+    def slow(self, V):
+        time.sleep(pause)
+        return product(self, V)
+
+    monkeypatch.setattr(blocks.Restricted, "_matmat", slow)
+    watch = watcher(blocks=["net.0", "net.2", "net.4"], lanczos_steps=10)
+    train(CASE, tmp_path, watch)
+    assert watch._schedule.state_dict()["full_cost"] >= 30 * pause

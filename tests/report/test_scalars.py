@@ -118,7 +118,6 @@ def test_quantile_of_a_spectrum_with_more_than_that_share_of_zeros(reading_of):
         ({"learning_rate": None}, "sharpness_times_lr", "no learning rate"),
         ({"learning_rate": 0.0}, "two_over_lr", "is 0"),
         ({"curvature": "gradient_covariance"}, "sharpness_times_lr", "curvature of the loss"),
-        ({"symmetry_error": None}, "symmetry_error", "not tested"),
         ({"repeat_error": math.nan}, "repeat_error", "nan"),
         ({"seconds": math.inf}, "probe_seconds", "inf"),
     ],
