@@ -14,6 +14,7 @@ MP_EDGES = ((1 - 0.5**0.5) ** 2, (1 + 0.5**0.5) ** 2)
 
 @pytest.mark.parametrize("steps", [50, 100])
 def test_edges_of_a_semicircle_and_of_marchenko_pastur(steps):
+    """T18."""
     for eigenvalues, (low, high) in ((semicircle(100_000), (-2, 2)), (marchenko_pastur(100_000), MP_EDGES)):
         edge = coefficient_edge(lanczos_of(eigenvalues, steps), 100_000)
         assert edge.converged
@@ -41,6 +42,7 @@ def test_outliers_do_not_move_the_edges():
 
 
 def test_the_two_gates():
+    """A6."""
     heavy = coefficient_edge(lanczos_of(power_law(2000, 0.5), 100), 2000)
     assert heavy.drift > 0.2
     assert not heavy.converged
