@@ -140,6 +140,7 @@ def test_seven_classes_give_six():
 
 def test_a_convolutional_network_at_initialisation_has_no_count():
     """R5."""
+
     def make():
         return nn.Sequential(
             nn.Unflatten(1, (1, 8, 8)),
