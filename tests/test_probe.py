@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from lightning_rmt import Hessian, Reading, Spectrum, estimate_spectrum
 from lightning_rmt.krylov.lanczos import rounding_noise
 from lightning_rmt.probe import check_product, measure
+from lightning_rmt.report.scalars import scalars
 
 
 class Matrix:
@@ -66,6 +69,7 @@ def test_check_passes_symmetric_operators_and_zero():
 
 
 def test_check_sees_asymmetry():
+    """T27: a skew part of 1e-2."""
     A = symmetric()
     skew = np.random.default_rng(1).normal(size=A.shape)
     skew = (skew - skew.T) * 0.01 * np.linalg.norm(A, 2) / np.linalg.norm(skew - skew.T, 2)
@@ -91,6 +95,54 @@ def test_check_sees_a_wrong_derivative_of_pytorch():
 
     with pytest.raises(ValueError, match="The products repeat"):
         measure(Hessian(loss, net.parameters(), [x]), steps=10, probes=1, seed=0, check=True)
+
+
+def test_check_sees_dropout():
+    """T27: masks drawn anew for each product; `Hessian` keeps them, and passes."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Dropout(0.2), torch.nn.Linear(16, 3)
+    ).double()
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(3, (32,))
+
+    def loss(batch):
+        return torch.nn.functional.cross_entropy(net(batch), y)
+
+    class Active(Hessian):
+        def matmat(self, V):
+            return Hessian(loss, net.parameters(), [x]).matmat(V)
+
+    kept, active = Hessian(loss, net.parameters(), [x]), Active(loss, net.parameters(), [x])
+    assert check_product(kept).ok
+    check = check_product(active)
+    assert check.symmetry > 1e-2
+    assert check.repeat > 1e-2
+    with pytest.raises(ValueError, match=r"not a symmetric matrix's.*changes from product to product"):
+        measure(active, steps=10, probes=1, seed=0, check=True)
+
+
+def test_the_seed_decides_every_scalar_and_no_global_generator_is_touched():
+    """T28."""
+    operator = Matrix(symmetric())
+
+    def logged(seed):
+        measured = measure(operator, steps=40, probes=2, seed=seed, check=True)
+        reading = Reading(
+            0, 0, measured.spectrum, "hessian", "rmt", 1.0, 1,
+            symmetry_error=measured.check.symmetry, repeat_error=measured.check.repeat,
+        )  # fmt: skip
+        return scalars(reading)
+
+    def states():
+        name, keys, *rest = np.random.get_state()
+        return torch.get_rng_state().tolist(), random.getstate(), (name, keys.tolist(), *rest)
+
+    before = states()
+    first, again, other = logged(3), logged(3), logged(4)
+    assert states() == before
+    assert first == again
+    assert len(first) > 40
+    assert first["rmt/trace"] != other["rmt/trace"]
 
 
 def test_check_sees_randomness():

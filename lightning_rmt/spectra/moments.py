@@ -49,9 +49,9 @@ class FreeCumulants:
 
 
 def raw_moments(
-    quadrature: Quadrature, orders: Sequence[int], drop: NDArray[np.float64] | None = None
+    quadrature: Quadrature, orders: Sequence[int], drop: NDArray[np.float64] | None = None, about: float = 0.0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Moments ``(1/n) sum lambda^k`` and the covariance of their sampling errors.
+    """Moments ``(1/n) sum (lambda - about)^k`` and the covariance of their sampling errors.
 
     The exact levels carry no error. On the rest, of ``b`` eigenvalues, a Gaussian start vector is uniform on the sphere,
     so that ``cov(m_j, m_k) = 2/(b + 2) (m_{j+k} - m_j m_k)`` there, which the same run estimates.
@@ -64,6 +64,7 @@ def raw_moments(
         quadrature: the measure.
         orders: exponents.
         drop: exact levels to leave out (the measure is then that of the others).
+        about: what is taken off every eigenvalue.
 
     Returns:
         Means, shape (len(orders),), and covariance, shape (len(orders), len(orders)), of the average over the probes.
@@ -80,10 +81,10 @@ def raw_moments(
     rests = [rest for rest in quadrature.rests if rest.nodes.size]
 
     def rest_moment(order: int) -> float:
-        return float(np.mean([rest.weights @ rest.nodes**order for rest in rests])) if rests else 0.0
+        return float(np.mean([rest.weights @ (rest.nodes - about) ** order for rest in rests])) if rests else 0.0
 
     rest_means = np.array([rest_moment(order) for order in orders])
-    means = np.array([np.sum(levels**order) / size for order in orders]) + share * rest_means
+    means = np.array([np.sum((levels - about) ** order) / size for order in orders]) + share * rest_means
     spread = np.zeros((len(orders), len(orders)))
     for rest in rests:
         # Nodes within rounding of each other are raised together, but keep their places: a bulk that is narrow beside the
@@ -92,7 +93,7 @@ def raw_moments(
         raised = np.where(mass * rest_size > COPY_LEVELS, np.maximum(mass, LEAST_LEVELS / rest_size), mass)
         group = np.append(0, np.cumsum(np.diff(rest.nodes) > quadrature.rounding))
         weights = rest.weights * (raised / np.where(mass > 0, mass, 1.0))[group]
-        deviations = np.stack([rest.nodes**order for order in orders]) - rest_means[:, None]
+        deviations = np.stack([(rest.nodes - about) ** order for order in orders]) - rest_means[:, None]
         spread += (deviations * weights) @ deviations.T / len(rests)
     covariance = share**2 * 2 / (rest_size + 2) * spread / max(len(rests), 1)
     return means, covariance
@@ -123,7 +124,9 @@ def free_cumulants(quadrature: Quadrature, outliers: NDArray[np.float64]) -> Fre
         quadrature: the measure.
         outliers: exact levels to remove.
     """
-    (m1, m2, m3, m4), covariance = raw_moments(quadrature, [1, 2, 3, 4], drop=outliers)
+    (centre,), _ = raw_moments(quadrature, [1], drop=outliers)
+    # about the mean: of a bulk far from zero powers about zero would leave nothing but rounding
+    (m1, m2, m3, m4), covariance = raw_moments(quadrature, [1, 2, 3, 4], drop=outliers, about=float(centre))
     k2 = m2 - m1**2
     k3 = m3 - 3 * m1 * m2 + 2 * m1**3
     k4 = m4 - 4 * m1 * m3 - 2 * m2**2 + 10 * m1**2 * m2 - 5 * m1**4
@@ -141,7 +144,13 @@ def free_cumulants(quadrature: Quadrature, outliers: NDArray[np.float64]) -> Fre
     else:
         skew = kurtosis = Estimate(math.nan, math.nan)
     return FreeCumulants(
-        estimate(m1, d1), estimate(k2, d2), estimate(k3, d3), estimate(k4, d4), skew, kurtosis, int(outliers.size)
+        estimate(centre + m1, d1),
+        estimate(k2, d2),
+        estimate(k3, d3),
+        estimate(k4, d4),
+        skew,
+        kurtosis,
+        int(outliers.size),
     )
 
 

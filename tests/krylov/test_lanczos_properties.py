@@ -308,7 +308,7 @@ def test_scale_covariance_is_exact_for_powers_of_two(setting, exponent):
 @FUZZ
 @given(settings_of_runs())
 def test_the_negated_operator_has_the_mirrored_run(setting):
-    """To the last bit: rounding knows no sign."""
+    """T22: to the last bit, since rounding knows no sign."""
     one, negated = setting.run().tridiagonal, setting.run(-1.0).tridiagonal
     np.testing.assert_array_equal(negated.alpha, -one.alpha)
     np.testing.assert_array_equal(negated.beta, one.beta)

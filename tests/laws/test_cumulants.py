@@ -33,7 +33,8 @@ def test_a_frame_gives_the_units_of_the_operator():
     assert (of.k1, of.k2, of.k3, of.k4) == pytest.approx((direct.k1, direct.k2, direct.k3, direct.k4), rel=1e-9)
 
 
-def test_t15_free_skewness_and_kurtosis():
+def test_free_skewness_and_kurtosis():
+    """T15."""
     for law, skew, kurtosis, off in (
         (Semicircle(2.0), 0.0, 0.0, (0.1, 0.1)),
         (MarchenkoPastur(0.5), 0.5**0.5, 0.5, (0.06, 0.12)),
@@ -43,8 +44,8 @@ def test_t15_free_skewness_and_kurtosis():
         assert of.k4 / of.k2**2 == pytest.approx(kurtosis, abs=off[1])
 
 
-def test_t15_a_sparse_matrix_of_signs():
-    """Degree 4 and entries +-1: a free kurtosis of 1/4. (The entries of `SparseWigner` are normal: 3/4.)"""
+def test_a_sparse_matrix_of_signs():
+    """T15: degree 4 and entries +-1: a free kurtosis of 1/4. (The entries of `SparseWigner` are normal: 3/4.)"""
     n, rng = 1500, np.random.default_rng(0)
     upper = np.triu(rng.random((n, n)) < 4 / n, 1) * rng.choice([-1.0, 1.0], (n, n))
     of = measured_moments(spectrum_of(np.linalg.eigvalsh(upper + upper.T), 40, probes=8).bulk).moments().whole

@@ -18,7 +18,7 @@ def z_of(law, spectrum):
     "law", [Semicircle(2.0), MarchenkoPastur(0.5), MarchenkoPastur(2.0), WishartPlusWigner(0.5, 0.2)]
 )
 def test_the_truth_is_never_excluded(law):
-    """100 probes in all, of simulated matrices where those are cheap."""
+    """T13: 100 probes in all, of simulated matrices where those are cheap."""
     z = []
     for seed in range(25):
         simulated = not isinstance(law, WishartPlusWigner)
@@ -28,8 +28,10 @@ def test_the_truth_is_never_excluded(law):
 
 
 def test_another_law_is_excluded():
+    """T13: a semicircle for Marchenko-Pastur, and the other way round, of the same mean and variance."""
     spectrum = measured(MarchenkoPastur(0.5), n=2000)
     assert z_of(Semicircle(2 * 0.5**0.5, center=1.0), spectrum) > 5
+    assert z_of(MarchenkoPastur(0.5), measured(Semicircle(2 * 0.5**0.5, center=1.0), n=2000)) > 5
     assert z_of(MarchenkoPastur(0.5, scale=1.3), spectrum) > 5
     # The bounds are as wide as a node is heavy, so that few steps exclude less.
     coarse = spectrum_of(MarchenkoPastur(0.5).rvs(2000, np.random.default_rng(0)), 6)

@@ -33,6 +33,7 @@ def test_parameters_are_recovered(law, tolerance):
 
 
 def test_parameters_of_a_simulated_sum_are_recovered():
+    """T15."""
     fit = WishartPlusWigner.fit(measured(WishartPlusWigner(0.5, 0.125), n=1500, probes=4, seed=1))
     assert fit.parameters["scale"].mean == pytest.approx(1, rel=0.05)
     assert fit.parameters["phi"].mean == pytest.approx(0.5, rel=0.10)
@@ -73,6 +74,7 @@ def test_the_error_with_several_probes():
 
 
 def test_a_product_is_no_covariance_plus_wigner():
+    """T15: a negative variance of the Wigner part is no member."""
     spectrum = spectrum_of(product_wishart(800, np.random.default_rng(0)), 100)
     with pytest.raises(NoFitError, match="nothing is left for a Wigner part"):
         WishartPlusWigner.fit(spectrum)
@@ -124,6 +126,7 @@ def test_a_bulk_that_no_law_can_be_fitted_to_is_refused(eigenvalues, steps, reas
 
 
 def test_fits_scale_with_the_operator():
+    """T23: scale."""
     eigenvalues = quantiles(WishartPlusWigner(0.5, 0.125), 1000)
     one, small = (WishartPlusWigner.fit(spectrum_of(c * eigenvalues, 60)) for c in (1.0, 1e-7))
     assert small.distance == pytest.approx(one.distance, rel=1e-4)

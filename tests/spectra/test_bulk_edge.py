@@ -14,11 +14,15 @@ MP_EDGES = ((1 - 0.5**0.5) ** 2, (1 + 0.5**0.5) ** 2)
 
 @pytest.mark.parametrize("steps", [50, 100])
 def test_edges_of_a_semicircle_and_of_marchenko_pastur(steps):
+    """T18: within 1 % of 2; within half a percent of the width for Marchenko-Pastur.
+
+    Its lower edge, .086, is then known to 16 %. Over three start vectors the worst error there was 1.4 %.
+    """
     for eigenvalues, (low, high) in ((semicircle(100_000), (-2, 2)), (marchenko_pastur(100_000), MP_EDGES)):
         edge = coefficient_edge(lanczos_of(eigenvalues, steps), 100_000)
         assert edge.converged
-        assert edge.low == pytest.approx(low, abs=0.01 * (high - low))
-        assert edge.high == pytest.approx(high, abs=0.01 * (high - low))
+        assert edge.low == pytest.approx(low, abs=0.005 * (high - low))
+        assert edge.high == pytest.approx(high, abs=0.005 * (high - low))
 
 
 def test_edges_are_extrapolated_when_the_run_is_long_for_the_dimension():
@@ -41,6 +45,7 @@ def test_outliers_do_not_move_the_edges():
 
 
 def test_the_two_gates():
+    """A6."""
     heavy = coefficient_edge(lanczos_of(power_law(2000, 0.5), 100), 2000)
     assert heavy.drift > 0.2
     assert not heavy.converged

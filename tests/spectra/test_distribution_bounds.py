@@ -80,6 +80,29 @@ def test_the_band_covers_the_true_distribution(eigenvalues):
     assert np.mean(missed) < 0.05
 
 
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        semicircle(2000),
+        marchenko_pastur(2000),
+        power_law(2000, 1.0),
+        hessian_like(2000, np.random.default_rng(0)),
+        repelling_power_law(2000, 0.5, np.random.default_rng(0)),
+    ],
+    ids=["semicircle", "marchenko-pastur", "power law", "hessian-like", "repelling"],
+)
+def test_the_truth_is_never_five_errors_outside(eigenvalues):
+    """T13: 100 runs in all, at every node and between them."""
+    for seed in range(20):
+        spectrum = spectrum_of(eigenvalues, 60, seed=seed)
+        nodes = spectrum.nodes[0]
+        # A level that is resolved counts as one at its node; its eigenvalue is up to 4e-5 of it away here.
+        for x, apart in ((nodes, 1e-4 * np.abs(nodes)), ((nodes[1:] + nodes[:-1]) / 2, 0.0)):
+            lower, upper = spectrum.cdf_band(x, z=5)
+            assert (share_below(eigenvalues, x + apart) >= lower - 1e-9).all()
+            assert (share_below(eigenvalues, x - apart) <= upper + 1e-9).all()
+
+
 def test_sampling_must_be_in_the_band():
     # The control: the bare inequalities bound what the probe sees, not the spectrum.
     eigenvalues = semicircle(300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from known_spectra import (
     NOISE,
     clump,
@@ -21,6 +22,7 @@ from known_spectra import (
 )
 
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
+from lightning_rmt.probe import estimate_spectrum
 from lightning_rmt.spectra.bulk_edge import CoefficientEdge
 from lightning_rmt.spectra.levels import RitzLevels, exact_levels, ritz_levels
 from lightning_rmt.spectra.outliers import find_outliers, outliers_of_eigenvalues
@@ -42,6 +44,7 @@ def spiked_one_cut(n):
 @pytest.mark.parametrize(("make", "count"), [(spiked_wigner, 4), (spiked_marchenko_pastur, 3), (spiked_one_cut, 5)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_spikes_beyond_an_edge_are_counted_exactly(make, count, seed):
+    """A1 (and T17): spiked Wigner, Marchenko-Pastur and their sum."""
     eigenvalues = make(20000)
     side = spectrum_of(eigenvalues, 100, seed=seed).outliers.high
     assert (side.count, side.kind, side.confidence, side.at_least) == (count, "edge", 2, False)
@@ -52,6 +55,7 @@ def test_spikes_beyond_an_edge_are_counted_exactly(make, count, seed):
 @pytest.mark.parametrize("steps", [50, 100, 200])
 @pytest.mark.parametrize("n", [2000, 20000])
 def test_a_hessian_like_spectrum_has_ten_clear_outliers(n, steps):
+    """A2 (and T17)."""
     eigenvalues = hessian_like(n, np.random.default_rng(n))
     for seed in range(3):
         side = spectrum_of(eigenvalues, steps, seed=seed).outliers.high
@@ -63,6 +67,7 @@ def test_a_hessian_like_spectrum_has_ten_clear_outliers(n, steps):
 @pytest.mark.parametrize("steps", [50, 100])
 @pytest.mark.parametrize("law", ["semicircle", "goe", "marchenko-pastur", "wishart"])
 def test_a_bare_bulk_has_none_at_either_end(law, steps):
+    """A3 (and T17)."""
     rng = np.random.default_rng(0)
     eigenvalues = {
         "semicircle": semicircle(20000),
@@ -80,6 +85,7 @@ def test_a_bare_bulk_has_none_at_either_end(law, steps):
 @pytest.mark.parametrize("steps", [30, 50, 100, 200])
 @pytest.mark.parametrize("make", [lambda: power_law(2000, 1.0), lambda: power_law(2000, 0.5), lambda: two_cut(2000)])
 def test_no_count_without_an_edge_or_a_gap(make, steps):
+    """A4 (and T17): two power laws and two cuts."""
     for seed in range(3):
         side = spectrum_of(make(), steps, seed=seed).outliers.high
         assert (side.count, side.kind, side.confidence) == (None, "none", 0)
@@ -89,6 +95,7 @@ def test_no_count_without_an_edge_or_a_gap(make, steps):
 @pytest.mark.parametrize("steps", [50, 100, 200])
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 def test_a_group_above_a_power_law(exponent, steps):
+    """A5."""
     eigenvalues = group_above_power_law(2000, exponent)
     for seed in range(4):
         spectrum = spectrum_of(eigenvalues, steps, seed=seed)
@@ -108,20 +115,37 @@ def test_groups_of_more_than_32_are_not_looked_for():
 
 
 def test_spikes_above_two_cuts():
-    for steps in (30, 50, 100):
-        assert spectrum_of(np.append(two_cut(2000), [9, 11, 14.0]), steps).outliers.high.count == 3
+    """A4."""
+    for steps in (30, 50, 100, 200):
+        for seed in range(3):
+            assert spectrum_of(np.append(two_cut(2000), [9, 11, 14.0]), steps, seed=seed).outliers.high.count == 3
+
+
+class SpikedMatrix:
+    """A GOE matrix with edges at -2 and 2 and six spikes on its diagonal; half of it is stored."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, n, spikes):
+        self.size, self.spikes = n, torch.zeros(n)
+        self.spikes[: len(spikes)] = torch.tensor(spikes)
+        # not the seed of the start vector, which would be the first row
+        self.half = torch.randn(n, n, generator=torch.Generator().manual_seed(1)).div_((2 * n) ** 0.5)
+
+    def matmat(self, V):
+        return V @ self.half + V @ self.half.T + V * self.spikes
 
 
 def test_subcritical_spikes_are_never_found():
-    # A spike theta moves a level to theta + 1/theta only for theta > 1; below that it stays in the bulk.
-    eigenvalues = np.append(semicircle(7996), [t + 1 / t for t in (1.6, 2, 3, 5)])
-    side = spectrum_of(eigenvalues, 100).outliers.high
-    assert side.count == 4
-    assert side.values == pytest.approx([5.2, 10 / 3, 2.5, 1.6 + 1 / 1.6], rel=1e-6)
+    """T17: a spike theta moves a level to theta + 1/theta only for theta > 1; below that it stays in the bulk."""
+    n, above = 8000, (5.0, 3.0, 2.0, 1.6)
+    side = estimate_spectrum(SpikedMatrix(n, (*above, 0.5, 0.8)), steps=100).outliers.high
+    assert (side.count, side.kind) == (4, "edge")
+    assert side.values == pytest.approx([t + 1 / t for t in above], abs=4 / n**0.5)
 
 
 class TestNulls:
-    """False counts on exact levels, no Lanczos: the rates that the verdicts quote."""
+    """A7: false counts on exact levels, no Lanczos: the rates that the verdicts quote."""
 
     def test_levels_that_repel(self):
         rng = np.random.default_rng(0)
@@ -166,6 +190,7 @@ def test_exact_levels_and_a_run_give_the_same_answer():
 
 
 def test_negating_the_operator_swaps_the_sides():
+    """A9 (and T22)."""
     for eigenvalues in (-group_above_power_law(1000, 1.0), spiked_wigner(5000)):
         run = lanczos_of(eigenvalues, 100)
         plus = Spectrum((run,), len(eigenvalues), 100, NOISE).outliers
@@ -179,6 +204,7 @@ def test_negating_the_operator_swaps_the_sides():
             )
             assert mine.values == pytest.approx(-theirs.values, rel=1e-10)
             if mine.gap_spacings is not None:
+                assert mine.gap_ratio == pytest.approx(theirs.gap_ratio, rel=1e-8)
                 assert mine.gap_spacings == pytest.approx(theirs.gap_spacings, rel=1e-8)
     assert plus.high.edge == pytest.approx(-minus.low.edge)
     assert f"{minus.low.edge:.3g}" in minus.low.verdict
@@ -186,15 +212,17 @@ def test_negating_the_operator_swaps_the_sides():
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_the_rule_is_scale_free(scale):
+    """A9 (and T23)."""
     run = lanczos_of(group_above_power_law(1000, 1.0), 100)
     base = find_outliers([ritz_levels(run, NOISE)], 1000).high
     scaled = find_outliers([ritz_levels(Tridiagonal(scale * run.alpha, scale * run.beta), NOISE)], 1000).high
-    assert scaled.count == base.count
+    assert (scaled.count, scaled.gap_index) == (base.count, base.gap_index)
     assert scaled.gap_ratio == pytest.approx(base.gap_ratio, rel=1e-8)
     assert scaled.gap_spacings == pytest.approx(base.gap_spacings, rel=1e-8)
 
 
 def test_nothing_is_counted_past_a_degenerate_level():
+    """A10."""
     for steps in (50, 100, 200):
         for seed in range(3):
             side = spectrum_of(clump(), steps, seed=seed).outliers.high
@@ -210,6 +238,7 @@ def test_nothing_is_counted_past_a_degenerate_level():
 
 
 def test_an_operator_of_low_rank():
+    """A11 (and T21)."""
     spectrum = spectrum_of(np.append(np.zeros(500), [5.0, 4.0, 3.0, 2.0, 1.0]), 50)
     assert spectrum.runs[0].steps == 6
     assert spectrum.weights.sum() == pytest.approx(1)

@@ -99,13 +99,15 @@ def small_eigenvalues(small):
 
 @pytest.mark.parametrize("step", [0, 100, 600])
 def test_softmax_regression_has_nine(softmax, step):
+    """R1."""
     for steps in (50, 100):
         side = spectrum_at(hessian_at(softmax, step), steps).outliers.high
         assert (side.count, side.kind, side.confidence) == (9, "gap", 2)
-        assert side.gap_ratio > 4
+        assert side.gap_ratio > 5
 
 
 def test_a_deep_network_in_early_training_has_nine_whatever_the_run(deep):
+    """R2, A8."""
     operator = hessian_at(deep, 100)
     sides = [spectrum_at(operator, steps, seeds=(seed,)).outliers.high for steps in (50, 100, 200) for seed in range(3)]
     assert [side.count for side in sides] == [9] * 9
@@ -114,10 +116,11 @@ def test_a_deep_network_in_early_training_has_nine_whatever_the_run(deep):
         assert side.values == pytest.approx(sides[0].values, rel=1e-3)
         assert side.edge == pytest.approx(sides[0].edge, rel=1e-3)
         assert side.at_least == (side is sides[0] or side is sides[1] or side is sides[2])
-    assert 0.4 < sides[0].edge < 1.0
+    assert sides[0].edge == pytest.approx(0.7, abs=0.2)
 
 
 def test_the_same_network_at_initialisation_has_no_count(deep):
+    """R3."""
     operator = hessian_at(deep, 0)
     for steps in (50, 100):
         spectrum = spectrum_at(operator, steps)
@@ -128,6 +131,7 @@ def test_the_same_network_at_initialisation_has_no_count(deep):
 
 
 def test_seven_classes_give_six():
+    """R6."""
     network = trained(lambda: mlp(64, 64, 64, 7), steps=(100,), classes=7, seed=5)
     side = spectrum_at(hessian_at(network, 100)).outliers.high
     assert side.count == 6
@@ -135,6 +139,8 @@ def test_seven_classes_give_six():
 
 
 def test_a_convolutional_network_at_initialisation_has_no_count():
+    """R5."""
+
     def make():
         return nn.Sequential(
             nn.Unflatten(1, (1, 8, 8)),
@@ -150,10 +156,11 @@ def test_a_convolutional_network_at_initialisation_has_no_count():
 
     side = spectrum_at(hessian_at(trained(make, steps=(0,)), 0)).outliers.high
     assert side.count is None
-    assert side.gap_spacings < 5
+    assert side.gap_spacings < 3
 
 
 def test_counts_never_contradict_each_other(softmax, small):
+    """A8."""
     for network, step in ((softmax, 100), (small, 400), (small, 600)):
         operator = hessian_at(network, step)
         counts = {
@@ -166,6 +173,7 @@ def test_counts_never_contradict_each_other(softmax, small):
 
 class TestAgainstTheDenseHessian:
     def test_the_rule_says_the_same_of_both(self, small, small_eigenvalues):
+        """R4."""
         exact = outliers_of_eigenvalues(small_eigenvalues)
         for dtype, steps in ((torch.float32, 100), (torch.float64, 100), (torch.float32, 200)):
             measured = spectrum_at(hessian_at(small, 600, dtype), steps).outliers
@@ -183,6 +191,7 @@ class TestAgainstTheDenseHessian:
                 assert low.gap_spacings == pytest.approx(exact.low.gap_spacings, rel=0.05)
 
     def test_certified_levels_are_eigenvalues_to_eight_digits(self, small, small_eigenvalues):
+        """R4."""
         operator = hessian_at(small, 600, torch.float64)
         for steps, seed in ((50, 0), (100, 1), (200, 2)):
             spectrum = spectrum_at(operator, steps, seeds=(seed,))

@@ -18,12 +18,15 @@ from lightning_rmt.spectra.spectrum import Spectrum
 
 
 @pytest.mark.parametrize(
-    ("n", "steps", "tolerance"), [(2000, 100, 0.09), (2000, 200, 0.09), (20000, 60, 0.05), (20000, 100, 0.03)]
+    ("n", "steps", "tolerance"), [(2000, 100, 0.06), (2000, 200, 0.09), (20000, 60, 0.05), (20000, 100, 0.03)]
 )
 def test_an_atom_of_60_percent(n, steps, tolerance):
-    # One probe's sampling error is sqrt(2 * 0.6 * 0.4 / n): 0.015 at n = 2000.
+    """T25: .05 at n = 20000; at n = 2000 one probe's sampling error alone, sqrt(2 * .6 * .4 / n), is .0155.
+
+    The largest errors of 12 start vectors at 100 steps are .052 and, at n = 20000, .015.
+    """
     eigenvalues = hessian_like(n, np.random.default_rng(0))
-    for seed in range(4):
+    for seed in range(12 if steps == 100 else 4):
         spectrum = spectrum_of(eigenvalues, steps, seed=seed)
         assert spectrum.zero_mass == pytest.approx(0.6, abs=tolerance)
         assert 0 < spectrum.zero_width < 0.06
