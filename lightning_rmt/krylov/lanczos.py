@@ -31,6 +31,9 @@ ERROR_MARGIN = 4.0
 StopRule = Callable[[tuple[Tridiagonal, ...]], bool]
 
 
+#: Mixed into seeds: the stream of the seed itself may have made the weights. An embedding that is a module's first layer is
+#: the first n normal numbers of `seed_everything`'s seed, and would be the start vector of the same seed.
+_SALT = 0x4C616E637A6F73
 #: Normal numbers drawn at once for a start vector: more would need a whole vector on the host.
 DRAWN_AT_ONCE = 2**24
 
@@ -91,7 +94,7 @@ def start_vector(operator: SymmetricOperator, seed: int) -> Tensor:
     is spread, and no global random state is touched. Normalised in float64: a norm taken in float32 costs orthogonality.
     """
     shards = shards_of(operator)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed((seed ^ _SALT) % 2**63)
     vector = torch.zeros(shards.local_size, dtype=operator.dtype, device=operator.device)
     for first in range(0, operator.size, DRAWN_AT_ONCE):
         drawn = torch.randn(min(DRAWN_AT_ONCE, operator.size - first), generator=generator)

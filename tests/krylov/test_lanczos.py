@@ -375,3 +375,12 @@ def test_a_rule_on_a_gpu_sees_the_coefficients_of_the_look_before():
         look_every=4,
     )
     assert seen == [4, 8, 12]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_the_start_is_not_what_the_same_seed_makes_of_weights(seed):
+    """`seed_everything(0)`, an embedding, and a probe with seed 0: the very same normal numbers without a salt."""
+    torch.manual_seed(seed)
+    weights = torch.nn.Embedding(100, 30).weight.detach().reshape(-1)
+    start = start_vector(Diagonal(np.zeros(3000), torch.float32), seed)
+    assert abs(float(start @ (weights / norm(weights).float()))) < 0.1

@@ -99,7 +99,7 @@ def assert_same(one, other, relative):
     for mine, theirs in ((one.trace, other.trace), (one.frobenius, other.frobenius)):
         assert abs(mine.mean - theirs.mean) <= 1e-4 * theirs.stderr  # the second start keeps no basis: rounding shows
     for x in (one.quantile(0.1), one.quantile(0.9)):
-        assert abs(one.cdf(x) - other.cdf(x)) <= 1e-3  # of a step function between two Ritz values
+        assert abs(one.cdf(x) - other.cdf(x)) <= 2 / one.size  # the same second start, two levels
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -189,8 +189,8 @@ def test_the_memory_of_a_rank_falls_as_the_number_of_ranks(tmp_path):
         seen = on_ranks(ranks, memory_on_this_rank, tmp_path, size, steps)
         for measured, forecast in seen:
             assert forecast == 4 * steps * even_length(size, ranks)
-            vectors = 4 * 8 * even_length(size, ranks)
-            assert forecast * 0.95 <= measured <= forecast + vectors + 2**24
+            vectors = 4 * 12 * even_length(size, ranks)
+            assert forecast * 0.95 <= measured <= forecast + vectors + 2**25
         per_rank[ranks] = max(measured for measured, _ in seen)
     assert per_rank[2] == pytest.approx(per_rank[1] / 2, rel=0.15)
     assert per_rank[4] == pytest.approx(per_rank[1] / 4, rel=0.2)
