@@ -68,7 +68,11 @@ class Ranking:
                     f"{fit.distance:.4f} +- {fit.stderr:.4f}",
                     f"{fit.relative:.2f}",
                     f"{fit.exclusion_z:.1f}",
-                    fit.word + (", simplest such" if fit is simplest else ""),
+                    ", ".join(
+                        [fit.word]
+                        + ["simplest such"] * (fit is simplest)
+                        + [f"{name} not told from 0: see {family}" for name, family in fit.vanishing.items()]
+                    ),
                 )
             )
         rows += [(name, "", "", "", f"no fit: {reason}") for name, reason in self.refused]
