@@ -62,7 +62,8 @@ class Fit:
     @property
     def vanishing(self) -> dict[str, str]:
         """Parameters that can't be told from zero, where the law becomes another family's, and that family's name."""
-        found = ((name, family, self.parameters.get(name)) for name, family in self.law.limits.items())
+        # x and 1/x are as many standard errors from zero
+        found = ((k, family, self.parameters.get(k.removeprefix("1/"))) for k, family in self.law.limits.items())
         return {name: family for name, family, e in found if e is not None and e.mean < UNSURE * e.stderr}
 
     @property

@@ -33,7 +33,7 @@ class Law(ABC):
     laws that ask for it.
     """
 
-    #: Parameters that turn the law into another family's where they are zero, and that family's name.
+    #: Parameters that turn the law into another family's where they are zero, and that family's name; ``1/dims[2]`` is one.
     limits: ClassVar[dict[str, str]] = {}
 
     @property
