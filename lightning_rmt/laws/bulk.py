@@ -35,9 +35,14 @@ class BulkMoments:
         continuous: of the bulk without the atom, rescaled to mass 1.
         zero_mass: share of the bulk at zero.
         zero_error: standard error of that share.
+        third_error: standard error of k3 of the continuous part.
+        excess_error: standard error of ``k2 - sqrt(k1 k3)`` of the continuous part, its variance beyond that of a
+            Marchenko-Pastur law of this mean and this k3; zero where k1 or k3 isn't positive.
     """
 
     whole: FreeCumulantsOf
     continuous: FreeCumulantsOf
     zero_mass: float
     zero_error: float = 0.0
+    third_error: float = 0.0
+    excess_error: float = 0.0

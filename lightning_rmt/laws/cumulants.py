@@ -69,13 +69,29 @@ class MeasuredMoments:
         """Standard error of the mass at zero."""
         return float(np.sqrt(self.bulk.covariance(lambda x: self.bulk.is_zero(x)[None, :].astype(float))[0, 0]))
 
+    @cached_property
+    def _errors(self) -> tuple[float, float]:
+        """Standard errors of k3 and of ``k2 - sqrt(k1 k3)`` off zero, by the delta method."""
+        of, unit = self.frame.cumulants(self.values[:4]), self.frame.unit
+
+        # in the frame the mean is 0 and the variance 1, so that k2 moves with m2 and k3 with m3 - 3 m1
+        third = unit**3 * np.array([-3.0, 0.0, 1.0, 0.0, 0.0])
+        covariance = self.bulk.covariance(self.influences)
+        error = math.sqrt(max(float(third @ covariance @ third), 0.0))
+        if not (of.k1 > 0 and of.k3 > 0):
+            return error, 0.0
+        slope = np.array([unit, 0.0, 0.0, 0.0, 0.0])  # of k1
+        root = math.sqrt(of.k1 * of.k3)
+        excess = unit**2 * np.array([0.0, 1.0, 0.0, 0.0, 0.0]) - (of.k3 * slope + of.k1 * third) / (2 * root)
+        return error, math.sqrt(max(float(excess @ covariance @ excess), 0.0))
+
     def moments(self, values: NDArray[np.float64] | None = None) -> BulkMoments:
         """What families are fitted to, of these values or of others near them."""
         of = self.values if values is None else values
         zero = float(of[4]) if self.bulk.zero_mass > 0 else 0.0
         origin = self.frame.powers(np.zeros(1))[:, 0]
         whole = self.frame.cumulants((1 - zero) * of[:4] + zero * origin)
-        return BulkMoments(whole, self.frame.cumulants(of[:4]), zero, self.zero_error)
+        return BulkMoments(whole, self.frame.cumulants(of[:4]), zero, self.zero_error, *self._errors)
 
     def influences(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """How much each value moves with the mass of an eigenvalue at x, shape (5, j): the mean of this is zero."""

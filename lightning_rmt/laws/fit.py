@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_rmt.laws.law import Law
+from lightning_rmt.laws.law import UNSURE, Law
 from lightning_rmt.spectra.moments import Estimate
 
 #: Distances up to so many floors are no misfit, up to so many a weak one.
@@ -60,6 +60,13 @@ class Fit:
         return self.exclusion_z > EXCLUDED
 
     @property
+    def vanishing(self) -> dict[str, str]:
+        """Parameters that can't be told from zero, where the law becomes another family's, and that family's name."""
+        # x and 1/x are as many standard errors from zero
+        found = ((k, family, self.parameters.get(k.removeprefix("1/"))) for k, family in self.law.limits.items())
+        return {name: family for name, family, e in found if e is not None and e.mean < UNSURE * e.stderr}
+
+    @property
     def word(self) -> str:
         """``"indistinguishable"``, ``"weak misfit"`` or ``"rejected"``; an excluded law always is."""
         if self.excluded or not self.relative <= WEAK:
@@ -78,6 +85,8 @@ class Fit:
         said = f"{self.word} {resolution}: distance {self.relative:.2g} floors ({self.distance:.3g} sd); {bounds}"
         if self.kurtosis_z is not None and abs(self.kurtosis_z) > EXCLUDED:
             said += f"; its fourth free cumulant is off by {abs(self.kurtosis_z):.1f} standard errors"
+        for name, family in self.vanishing.items():
+            said += f"; the {name} can't be told from zero (see {family})"
         if self.removed_outliers:
             said += f"; without {self.removed_outliers} outliers ({self.removed_outlier_mass:.2g} of all)"
         if self.removed_zero_mass:

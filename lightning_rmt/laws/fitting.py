@@ -14,9 +14,10 @@ from lightning_rmt.laws.bulk import NoFitError
 from lightning_rmt.laws.cumulants import Frame, MeasuredMoments, measured_moments
 from lightning_rmt.laws.distance import Comparison, comparison, law_distance, resolution_floor
 from lightning_rmt.laws.exclusion import Bounds, exclusion_z, spectrum_bounds
-from lightning_rmt.laws.fit import Fit
+from lightning_rmt.laws.fit import EXCLUDED, Fit
 from lightning_rmt.laws.law import Law
 from lightning_rmt.laws.parameters import parameters_of, with_parameter
+from lightning_rmt.spectra.bulk import Bulk
 from lightning_rmt.spectra.moments import Estimate
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -24,6 +25,8 @@ from lightning_rmt.spectra.spectrum import Spectrum
 NUDGE = 0.1
 #: Those of the law by its parameters are over a whole one: beyond an edge a law changes with the next edge only.
 LAW_NUDGE = 1.0
+#: Shares of a parameter at which members on the way to its limit at zero are tried.
+LIMIT_SHARES = (0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.03, 0.01)
 #: Points at which the sampling error of a distribution function is taken, at most.
 POINTS = 150
 
@@ -85,6 +88,10 @@ def fit_law(family: type[Law], measured: Measured) -> Fit:
     moved = np.array([np.interp(measured.bounds.x, middle, response) for response, _ in responses])
     uncertain = np.sqrt(np.einsum("ix,ij,jx->x", moved, np.nan_to_num(covariance), moved).clip(0))
 
+    z = exclusion_z(law, bulk, measured.bounds, uncertain)
+    if z > EXCLUDED:
+        z = min([z, *_towards_limits(law, covariance, moved, bulk, measured.bounds)])
+
     left = _sampling_left(moments, at, jacobian, [response for response, _ in responses])
     stderr = _distance_error(law, moments, at, distance, frame, jacobian, [response for response, _ in responses])
     return Fit(
@@ -92,7 +99,7 @@ def fit_law(family: type[Law], measured: Measured) -> Fit:
         distance=distance,
         stderr=stderr,
         floor=resolution_floor(bulk, at.zeros, left) / frame.unit,
-        exclusion_z=exclusion_z(law, bulk, measured.bounds, uncertain),
+        exclusion_z=z,
         kurtosis_z=_kurtosis_z(law, moments, at, frame, jacobian, np.array([r[1] for r in responses])),
         removed_outliers=int(bulk.outliers.size),
         removed_outlier_mass=bulk.removed_mass,
@@ -147,6 +154,42 @@ def _responses(law: Law, name: str, error: float, at: Comparison, frame: Frame) 
         return np.zeros(at.cells.size), 0.0
     (first, low, low4), (last, high, high4) = ends[0], ends[-1]
     return (high - low) / (last - first), (high4 - low4) / (last - first)
+
+
+def _towards_limits(
+    law: Law,
+    covariance: NDArray[np.float64],
+    moved: NDArray[np.float64],
+    bulk: Bulk,
+    bounds: Bounds,
+) -> list[float]:
+    """Exclusion of the members on the way to a parameter's limit at zero, the way being paid for like any other move.
+
+    A law moves with such a parameter like its root, so that no derivative at the fitted member says where the others are:
+    the zeros of a covariance part are smeared over ``sqrt(8 energy)`` by the Wigner part. The other parameters
+    follow as their errors are correlated.
+    """
+    found = []
+    values = parameters_of(law)
+    for place, name in enumerate(values):
+        variance = covariance[place, place]
+        if name not in law.limits or not (np.isfinite(covariance).all() and variance > 0):
+            continue
+        along = covariance[place] / variance
+        rest = covariance - np.outer(along, along) * variance
+        errors = np.sqrt(np.einsum("ix,ij,jx->x", moved, rest, moved).clip(0))
+        for share in LIMIT_SHARES:
+            step = values[name] * (share - 1)
+            if step**2 > EXCLUDED**2 * variance:
+                continue
+            try:
+                member: Law = law
+                for (other, value), slope in zip(values.items(), along, strict=True):
+                    member = with_parameter(member, other, value + slope * step)
+                found.append(math.hypot(exclusion_z(member, bulk, bounds, errors), step / math.sqrt(variance)))
+            except ValueError:
+                continue
+    return found
 
 
 def _distance_error(

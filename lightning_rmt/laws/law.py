@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Points per interval of the support at which the density is taken for its integrals. Even, so that no point is the
 #: middle of a symmetric interval: densities may diverge at zero.
 GRID = 2048
+#: What is less than so many standard errors from zero can't be told from it.
+UNSURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Law(ABC):
     is dense at both ends of every interval, where densities begin and end like square roots or diverge, and at zero for
     laws that ask for it.
     """
+
+    #: Parameters that turn the law into another family's where they are zero, and that family's name; ``1/dims[2]`` is one.
+    limits: ClassVar[dict[str, str]] = {}
 
     @property
     @abstractmethod

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +51,8 @@ class ProductWishart(Law):
 
     dims: tuple[float, ...]
     scale: float = 1.0
+
+    limits: ClassVar[dict[str, str]] = {"1/dims[2]": "MarchenkoPastur"}  # of a fit, which puts the smaller ratio last
 
     def __post_init__(self) -> None:
         if len(self.dims) < 2 or not all(d > 0 and math.isfinite(d) for d in self.dims):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +50,8 @@ class RefinedWishartPlusWigner(Law):
     phi: float
     energy: float
     sigma: float = 1.0
+
+    limits: ClassVar[dict[str, str]] = {"energy": "MarchenkoPastur", "phi": "Semicircle"}
 
     def __post_init__(self) -> None:
         values = (self.phi, self.energy, self.sigma)

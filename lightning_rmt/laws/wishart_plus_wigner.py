@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_rmt.laws.bulk import BulkMoments, NoFitError
-from lightning_rmt.laws.law import Law
+from lightning_rmt.laws.law import UNSURE, Law
 from lightning_rmt.laws.marchenko_pastur import MarchenkoPastur
 from lightning_rmt.laws.negative_mass import negative_mass
 from lightning_rmt.laws.support import intervals
@@ -44,6 +45,8 @@ class WishartPlusWigner(Law):
     phi: float
     energy: float
     scale: float = 1.0
+
+    limits: ClassVar[dict[str, str]] = {"energy": "MarchenkoPastur", "phi": "Semicircle"}
 
     def __post_init__(self) -> None:
         values = (self.phi, self.energy, self.scale)
@@ -127,16 +130,24 @@ def split_variance(bulk: BulkMoments) -> tuple[float, float]:
     """Ratio of a covariance part with the bulk's mean and third free cumulant, and the variance that it leaves over.
 
     Raises:
-        NoFitError: there is no such part, or it leaves nothing over.
+        NoFitError: there is no such part, or it leaves nothing over; whether that is more than noise is said.
     """
     of = bulk.continuous
     if not of.k1 > 0:
         raise NoFitError(f"the covariance part has a positive mean eigenvalue, this bulk has {of.k1:.4g}")
     if not of.k3 > 0:
-        raise NoFitError(f"the covariance part has a positive third free cumulant, this bulk has {of.k3:.4g}")
+        said = f"the covariance part has a positive third free cumulant, this bulk has {of.k3:.4g}"
+        if -of.k3 < UNSURE * bulk.third_error:
+            said += f" +- {bulk.third_error:.2g}: it can't be told from zero, and the law not from a Semicircle"
+        raise NoFitError(said)
     phi = math.sqrt(of.k3 / of.k1**3)
     wigner = of.k2 - phi * of.k1**2
     if not wigner > 0:
+        if -wigner < UNSURE * bulk.excess_error:
+            raise NoFitError(
+                f"the energy can't be told from zero: the variance that a covariance part leaves over is {wigner:.2g} +- "
+                f"{bulk.excess_error:.2g}; see MarchenkoPastur"
+            )
         raise NoFitError(
             f"the variance {of.k2:.4g} is no larger than the {phi * of.k1**2:.4g} that the mean and the third free cumulant"
             " ask of the covariance part: nothing is left for a Wigner part"

@@ -36,7 +36,8 @@ def zero_mass(quadrature: Quadrature) -> ZeroMass:
     A continuous density gives neighbouring nodes similar weights; a node at an atom outweighs them. In a probe, the atom at
     zero is the node nearest to zero, if zero lies within half its distance to its neighbours and it weighs more than five
     times the median of its six neighbours, together with the nodes next to it for which the same holds (a density that
-    diverges at zero is shared by a few). Its width reaches halfway to the next node. There is an atom when at least half of
+    diverges at zero is shared by a few). It takes a quadrature with a node at zero (`with_node_at_zero`) to keep an atom
+    amid a symmetric bulk in one node. Its width reaches halfway to the next node. There is an atom when at least half of
     the probes show one; its width is the largest of theirs, its mass the average over the probes of what lies within.
     """
     probes = [quadrature.probe(index) for index in range(len(quadrature.rests))]

@@ -12,7 +12,7 @@ weights of all the levels together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +129,41 @@ def exact_weight_quadrature(
         rests = tuple(_rest(run, low_cut, high_cut) for run in runs)
     scale = max(float(np.abs(run.nodes).max()) for run in runs)
     return Quadrature(size, low, high, low_cut, high_cut, rests, noise_floor(noise) * scale, noise * scale)
+
+
+def with_node_at_zero(quadrature: Quadrature, runs: Sequence[Tridiagonal]) -> Quadrature:
+    """The same measure by the quadrature that has a node at zero, exact for one moment less or more.
+
+    An atom of mass a at zero adds a to the weight of that node and moves nothing else, whatever the number of steps. The
+    plain nodes of a symmetric spectrum lie at plus and minus something where that number is even, and share the atom with
+    what lies between them.
+
+    Args:
+        quadrature: the measure.
+        runs: of which it was made.
+    """
+    fixed = (_fixed_at_zero(run, quadrature.rounding) for run in runs)
+    return replace(quadrature, rests=tuple(_rest(run, quadrature.low_cut, quadrature.high_cut) for run in fixed))
+
+
+def _fixed_at_zero(run: Tridiagonal, rounding: float) -> Tridiagonal:
+    """A run with another last diagonal entry, so that zero is a node (Golub and Meurant 2010, section 6.2).
+
+    Of the entries that do so for m and for m + 1 steps the smaller one is taken: for a symmetric spectrum one of them is
+    infinite, and the node that a large one puts outside of the spectrum bears weight in short runs. A run that has a node
+    at zero stays as it is, and so does one whose nodes are all on one side of it, or which is exhausted.
+    """
+    nodes = run.nodes
+    if run.exhausted or not nodes[0] < -rounding or not nodes[-1] > rounding or np.abs(nodes).min() <= rounding:
+        return run
+    inner = Tridiagonal(run.alpha[:-1], run.beta[:-1])  # two nodes at least, on either side of zero
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        longer, shorter = (float((of.residuals**2 / of.nodes).sum()) for of in (run, inner))
+    if not np.isfinite(longer):
+        return run
+    if abs(shorter - run.alpha[-1]) < abs(longer - run.alpha[-1]):
+        return Tridiagonal(np.append(run.alpha[:-1], shorter), run.beta, run.reorthogonalised)
+    return Tridiagonal(np.append(run.alpha, longer), np.append(run.beta, run.beta[-1]), run.reorthogonalised)
 
 
 def _seem_simple(run: Tridiagonal, levels: RitzLevels, size: int) -> bool:

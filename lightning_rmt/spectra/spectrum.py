@@ -20,7 +20,7 @@ from lightning_rmt.spectra.density import Atom
 from lightning_rmt.spectra.levels import Level, RitzLevels, ritz_levels
 from lightning_rmt.spectra.moments import Estimate, FreeCumulants
 from lightning_rmt.spectra.outliers import BulkEdges, Outliers
-from lightning_rmt.spectra.quadrature import Quadrature, exact_weight_quadrature
+from lightning_rmt.spectra.quadrature import Quadrature, exact_weight_quadrature, with_node_at_zero
 
 #: Version of the saved format. Raised when the meaning of a member changes; new members don't need it.
 FORMAT_VERSION = 1
@@ -88,6 +88,13 @@ class Spectrum:
     @cached_property
     def _quadrature(self) -> Quadrature:
         return exact_weight_quadrature(self.runs, self._levels, self.size, self.noise)
+
+    @cached_property
+    def _zeroed(self) -> tuple[Quadrature, masses.ZeroMass]:
+        """The quadrature with a node at zero where there is an atom, and that atom."""
+        fixed = with_node_at_zero(self._quadrature, self.runs)
+        zero = masses.zero_mass(fixed)
+        return fixed if zero.found else self._quadrature, zero
 
     # --- levels ---------------------------------------------------------------------------------------------------
 
@@ -180,18 +187,20 @@ class Spectrum:
     @cached_property
     def bulk(self) -> Bulk:
         """What is left without the outliers, where they could be counted."""
-        return bulk_of(self._quadrature, self.outliers, self._zero)
+        quadrature, zero = self._zeroed
+        return bulk_of(quadrature, self.outliers, zero)
 
     # --- the distribution -----------------------------------------------------------------------------------------
 
     @cached_property
     def _pieces(self) -> density.Pieces:
         apart = [*self.outliers.high.values, *self.outliers.low.values]
-        return density.pieces(self._quadrature, self._levels, apart, self._zero)
+        quadrature, zero = self._zeroed
+        return density.pieces(quadrature, self._levels, apart, zero)
 
     @cached_property
     def _distribution(self) -> density.Distribution:
-        return density.distribution(self._quadrature, self._pieces)
+        return density.distribution(self._zeroed[0], self._pieces)
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
@@ -236,9 +245,9 @@ class Spectrum:
 
     # --- masses ---------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _zero(self) -> masses.ZeroMass:
-        return masses.zero_mass(self._quadrature)
+        return self._zeroed[1]
 
     @property
     def zero_mass(self) -> float:

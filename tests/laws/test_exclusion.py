@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from measured_cases import measured, quantiles, spectrum_of
 
-from lightning_rmt.laws import MarchenkoPastur, Semicircle, WishartPlusWigner
+from lightning_rmt.laws import MarchenkoPastur, NoFitError, Semicircle, WishartPlusWigner
 from lightning_rmt.laws.exclusion import exclusion_z, spectrum_bounds
 
 
@@ -51,3 +51,27 @@ def test_what_parameters_leave_open_does_not_exclude():
     wrong = MarchenkoPastur(0.5, scale=1.3)
     bounds = spectrum_bounds(spectrum)
     assert exclusion_z(wrong, spectrum.bulk, bounds, errors=np.full(bounds.x.size, 0.3)) < 5
+
+
+def test_a_sum_with_little_energy_is_neither_excluded_nor_refused_for_noise():
+    """Its zeros are smeared over a width that goes like the root of the energy, which cumulants hardly measure."""
+    refused = []
+    for seed in range(10):
+        law = WishartPlusWigner((4.0, 2.0)[seed % 2], 0.005)
+        spectrum = spectrum_of(law.rvs(600, np.random.default_rng(seed)), 80, seed=seed)
+        try:
+            fit = WishartPlusWigner.fit(spectrum)
+        except NoFitError as error:
+            refused.append(str(error))
+            continue
+        assert not fit.excluded
+        if fit.parameters["energy"].mean < 2 * fit.parameters["energy"].stderr:
+            assert "the energy can't be told from zero (see MarchenkoPastur)" in fit.verdict
+    assert 0 < len(refused) < 8
+    # two standard errors leave one in forty out
+    assert sum("the energy can't be told from zero" in reason for reason in refused) >= len(refused) - 1
+
+
+def test_a_wrong_law_is_excluded_in_spite_of_a_limit():
+    spectrum = spectrum_of(np.concatenate([quantiles(Semicircle(1.0, c), 1000) for c in (1.0, 5.0, 5.0, 12.0)]), 100)
+    assert WishartPlusWigner.fit(spectrum).excluded

@@ -14,6 +14,7 @@ from known_spectra import (
     spectrum_of,
 )
 
+from lightning_rmt.laws.percolated_wigner import PercolatedWigner
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -38,6 +39,28 @@ def test_three_vector_probes_see_the_same_atom():
     for steps in (60, 100, 200):
         spectrum = spectrum_of(eigenvalues, steps, probes=2, reorthogonalise_all=False)
         assert spectrum.zero_mass == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize("steps", [40, 41])
+def test_an_atom_amid_a_symmetric_bulk_has_the_error_that_it_claims(steps):
+    # with an even number of steps it lies between two nodes, and each of them bears a part of it
+    law = PercolatedWigner(0.6)
+    off, z = [], []
+    for seed in range(60):
+        spectrum = spectrum_of(law.rvs(1000, np.random.default_rng(seed)), steps, seed=seed)
+        off.append(spectrum.bulk.zero_mass - law.atom)
+        fit = PercolatedWigner.fit(spectrum)
+        z.append([(fit.parameters[k].mean - getattr(law, k)) / fit.parameters[k].stderr for k in ("p", "scale")])
+    assert np.sqrt(np.mean(np.square(off))) == pytest.approx((2 * 0.6 * 0.4 / 1000) ** 0.5, rel=0.25)
+    assert abs(np.mean(off)) < 0.007
+    assert ((np.std(z, axis=0) > 0.7) & (np.std(z, axis=0) < 1.4)).all()
+    assert (np.abs(np.mean(z, axis=0)) < 0.5).all()
+
+
+def test_an_atom_does_not_depend_on_the_parity_of_the_steps():
+    eigenvalues = PercolatedWigner(0.6).rvs(1000, np.random.default_rng(0))
+    masses = [spectrum_of(eigenvalues, steps).bulk.zero_mass for steps in (40, 41, 42, 43)]
+    assert np.ptp(masses) < 0.002
 
 
 @pytest.mark.parametrize("reorthogonalise", [True, False])
