@@ -1,8 +1,8 @@
 """Lanczos on several ranks, measured: seconds a step and memory a rank, with the basis whole on every rank and sharded.
 
-By hand: ``OMP_NUM_THREADS=1 python benchmarks/scaling.py --ranks 2`` (gloo, on this machine's CPU), or under a launcher, on GPUs
-if there are any: ``torchrun --nproc-per-node 8 benchmarks/scaling.py --sizes 100000000``. The local product is one pass over the
-vector, so what is timed is Lanczos and its collectives; a real product comes on top, and is benchmarks/peers.py's business.
+By hand: ``OMP_NUM_THREADS=1 python benchmarks/scaling.py --ranks 2`` (gloo, on this machine's CPU), or under a launcher, on
+GPUs if there are any: ``torchrun --nproc-per-node 8 benchmarks/scaling.py --sizes 100000000``. The local product is one pass
+over the vector, so what is timed is Lanczos and its collectives; a real product comes on top, and is peers.py's business.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def probe_cost(
 def table() -> str:
     """Memory, bytes and seconds for three sizes on three numbers of ranks, in Markdown."""
     lines = [
-        "| parameters | ranks | products | basis, GiB | in all, GiB | sent, GiB | passes, s | wire, s | basis, s | probe, s |",
+        "| parameters | ranks | products | basis, GiB | memory, GiB | sent, GiB | passes, s | wire, s | basis, s | all, s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for size, ranks in product((10**8, 10**9, 10**10), (8, 64, 512)):
