@@ -1,0 +1,166 @@
+"""Noise of few samples in a Gauss-Newton matrix: multiplicative, not additive.
+
+A Gauss-Newton matrix or a gradient covariance of a batch is a sample covariance ``S = (1/N) sum_i x_i x_i'`` of
+``C = E[x x']``; its noise is largest where C is, and Wigner's model doesn't fit. Marchenko and Pastur's does. With
+``dof(d) = tr S (S + d)^-1``, the number of directions that the damping leaves,
+
+    (S + d)^-1  =  (k / d) (C + k)^-1  in any fixed direction,    k = d / (1 - dof(d) / N).                       (1)
+
+So noise of this kind *adds* damping: a step with the matrix of few samples is one with a larger damping k, k / d times as
+long (Bai and Silverstein 1998; Ledoit and Peche 2011; for random features Jacot et al. 2020 call k the implicit ridge). Cleaning an
+eigenvector u of S with eigenvalue l is the formula of Ledoit and Peche (2011, theorem 4) outside of the bulk,
+
+    u'Cu = l / (1 - dof_l / N)^2,    dof_l = sum over the other eigenvalues m of m / (m - l) ,                    (2)
+
+which is ``l / |1 - q + q l g(l)|^2`` with ``q = n / N`` and the Stieltjes transform g. All of it needs no other knowledge of C.
+
+The number of samples N is that of independent rank-one terms. One sample of a batch gives as many as the model has outputs,
+weighted by the loss; their effective number ``(sum w)^2 / sum w^2`` is what counts when the weights differ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_rmt.local_law.arguments import not_negative, spectrum_argument, vector
+from lightning_rmt.local_law.cleaning import Cleaned, without, well_apart
+from lightning_rmt.local_law.errors import NoDampingError
+from lightning_rmt.local_law.resolvent import rising_root
+from lightning_rmt.spectra.spectrum import Spectrum
+
+#: A negative eigenvalue of this share of the largest is more than rounding.
+ROUNDING = 1e-4
+
+
+def ggn_effective_damping(damping: float, samples: float, spectrum: Spectrum) -> float:
+    """The damping of the true matrix that a damping of the noisy one amounts to: k of equation (1), above ``damping``.
+
+    The step is ``k / damping`` times as long besides.
+
+    Args:
+        damping: d, in the operator's units, positive.
+        samples: N, the number of independent rank-one terms in the matrix.
+        spectrum: of the noisy Gauss-Newton matrix or gradient covariance.
+
+    Raises:
+        TypeError: the spectrum is none.
+        ValueError: the damping isn't positive and finite, ``samples`` isn't positive, or the spectrum isn't that of a positive
+            semidefinite matrix.
+        NoDampingError: the matrix has a larger rank than samples: ``samples`` is too small.
+    """
+    return damping / shrinkage_of_samples(damping, samples, spectrum)
+
+
+def ggn_damping_for(effective: float, samples: float, spectrum: Spectrum) -> float:
+    """The damping of the noisy matrix that amounts to this one of the true: the inverse of `ggn_effective_damping`.
+
+    Args:
+        effective: k wanted, in the operator's units, positive.
+        samples: as for `ggn_effective_damping`.
+        spectrum: as for `ggn_effective_damping`.
+
+    Raises:
+        TypeError: the spectrum is none.
+        ValueError: as for `ggn_effective_damping`.
+        NoDampingError: the noise alone amounts to more damping than that, or the matrix has a larger rank than samples.
+    """
+    _positive(effective, "effective")
+    eigenvalues, counts = _positive_spectrum(spectrum)
+    samples = _positive(samples, "samples")
+
+    def equation(damping: float) -> tuple[float, float]:
+        kept = counts / (eigenvalues + damping)
+        return (
+            damping + effective * float(kept @ eigenvalues) / samples - effective,
+            1 - effective * float(kept @ (eigenvalues / (eigenvalues + damping))) / samples,
+        )
+
+    damping = rising_root(equation, effective, concave=False)
+    if not damping > 0 or abs(equation(damping)[0]) > 1e-6 * effective:
+        raise NoDampingError(
+            f"no damping amounts to {effective:.6g}: the noise of {samples:.6g} samples alone does to more, or they are fewer "
+            "than the matrix has rank; ask for more damping or take more samples"
+        )
+    return damping
+
+
+def shrinkage_of_samples(damping: float, samples: float, spectrum: Spectrum) -> float:
+    """``1 - dof(d) / N``, from 0 to 1: how much of a fit to N samples is left in new ones.
+
+    Args:
+        damping: as for `ggn_effective_damping`.
+        samples: as for `ggn_effective_damping`.
+        spectrum: as for `ggn_effective_damping`.
+
+    Raises:
+        TypeError: as for `ggn_effective_damping`.
+        ValueError: as for `ggn_effective_damping`.
+        NoDampingError: as for `ggn_effective_damping`.
+    """
+    damping, samples = _positive(damping, "damping"), _positive(samples, "samples")
+    eigenvalues, counts = _positive_spectrum(spectrum)
+    freedom = float(counts @ (eigenvalues / (eigenvalues + damping)))
+    if freedom >= samples:
+        raise NoDampingError(
+            f"a damping of {damping:.6g} leaves {freedom:.6g} directions of this spectrum, {samples:.6g} samples have no more "
+            "than that: count one sample per example and output of the model, or raise the damping"
+        )
+    return 1 - freedom / samples
+
+
+def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cleaned:
+    """What the outliers of a noisy Gauss-Newton matrix say about the true one: equation (2).
+
+    Args:
+        eigenvalues: positive eigenvalues of the noisy matrix that stand apart from its bulk, shape (k,), perhaps none.
+        samples: as for `ggn_effective_damping`.
+        spectrum: as for `ggn_effective_damping`.
+
+    Returns:
+        As for `clean`.
+
+    Raises:
+        TypeError: the spectrum is none.
+        ValueError: as for `ggn_effective_damping`, or an eigenvalue is not finite.
+    """
+    found = vector(eigenvalues, "eigenvalues")
+    samples = _positive(samples, "samples")
+    _positive_spectrum(spectrum)
+    nodes, weights = without(found, spectrum)
+    counts = weights * spectrum.size
+    curvature, location, overlap = (np.full(found.size, math.nan) for _ in range(3))
+    for index, value in enumerate(found):
+        if value <= 0 or not well_apart(float(value), nodes, weights):
+            continue
+        kept = counts * nodes / (nodes - value)
+        left = 1 - float(kept.sum()) / samples
+        slope = -float((kept / (nodes - value)).sum()) / samples  # of that, by the eigenvalue
+        # location(l) = l / left(l); the overlap is location / (l location')
+        change = (left - value * slope) / left**2
+        if left > 0 and change > 0:
+            location[index], curvature[index] = value / left, value / left**2
+            overlap[index] = location[index] / (value * change)
+    return Cleaned(found, curvature, location, overlap)
+
+
+def _positive(value: float, name: str) -> float:
+    if not not_negative(value, name, "it must be above 0") > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return float(value)
+
+
+def _positive_spectrum(spectrum: Spectrum) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Eigenvalues and how many of each, outliers among them: each takes a whole direction."""
+    bulk = spectrum_argument(spectrum).bulk
+    nodes, weights = bulk.pooled()
+    values = np.concatenate([nodes, bulk.outliers])
+    counts = np.concatenate([weights * bulk.size, np.ones(bulk.outliers.size)])
+    if values.min() < -ROUNDING * np.abs(values).max():
+        raise ValueError(
+            f"this spectrum reaches down to {values.min():.4g}: a Gauss-Newton matrix or a gradient covariance has no negative "
+            "eigenvalues; for a Hessian use effective_damping, whose noise is additive"
+        )
+    return values.clip(0), counts
