@@ -33,6 +33,17 @@ def not_negative(value: float, name: str, hint: str) -> float:
     return float(value)
 
 
+def positive(value: float, name: str) -> float:
+    """A finite number above zero.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+    return float(value)
+
+
 def noise_scale_argument(noise: float, name: str = "noise") -> float:
     """The scale s of a GOE(s) noise matrix.
 

@@ -86,9 +86,7 @@ def clean(eigenvalues: ArrayLike, noise: float, spectrum: Spectrum) -> Cleaned:
     return Cleaned(found, curvature, location, overlap)
 
 
-def without(
-    eigenvalues: NDArray[np.float64], spectrum: Spectrum
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def without(eigenvalues: NDArray[np.float64], spectrum: Spectrum) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bulk of a spectrum without these eigenvalues, should it hold any of them; the weights keep their share of all n."""
     nodes, weights = spectrum.bulk.pooled()
     same = np.zeros(nodes.size, dtype=bool)

@@ -11,8 +11,20 @@ Neither contains what isn't measured. The gradients ``g_1`` and ``g_2`` of two h
     additive noise GOE(s) (Stein's identity):        E[R A R] = R - (d - 2 s^2 tau) R^2,                          (2)
     sample covariance of N samples (leave one out):  E[R A R] = (R - d R^2) / (1 - dof / N)^2,                     (3)
 
-with ``tau = (1/n) tr R`` and ``dof = tr H R``. Then ``eta = a / q``, and the damping is the one with the largest expected
-gain ``a^2 / (2 q)``. Equation (3) is the resolvent's form of the cleaning by Ledoit and Peche 2011 (see ``multiplicative``).
+with ``tau = (1/n) tr R`` and ``dof = tr H R``. Equation (3) is the resolvent's form of the cleaning by Ledoit and Peche 2011
+(see ``multiplicative``).
+
+The best step is ``eta = a / q``, with the gain ``a^2 / (2 q)``. But the damping with the largest *estimated* gain is the one
+whose estimates err most: near the bulk edge both fluctuate, and that rule lost by up to 5 times the best loss (median of a
+simulated cell; by thousands in single draws). So a is taken one standard error lower and q one higher:
+
+    sd(a) = 2 (|h| / sqrt(n)) |R g|    (noise of the gradient alike in all directions),
+    sd(q) = 2 s sqrt(2 / n) |R g|^2    or    2 sqrt(2 / N) q    (the factor 2 from simulations; for d -> infinity it is 1).
+
+Measured, loss over the best loss of all dampings and steps, found with the truth (n = 800, 180 draws: power law, and
+Marchenko-Pastur bulk with spikes; s from .1 to 3, or N = n, 4 n; gradient noise 0, .3 and 1 times the signal): on average
+1.045, 95 % below 1.14, at most 1.29; without the errors 1.48, 4.7 and 7400. With few samples, equation (2) in place of (3)
+costs 15 to 40 % where the gradient has no noise.
 """
 
 from __future__ import annotations
@@ -26,7 +38,7 @@ import numpy as np
 from lightning_rmt.local_law.arguments import noise_scale_argument, not_negative, spectrum_argument
 from lightning_rmt.local_law.damping import smallest_damping
 from lightning_rmt.local_law.errors import NoDampingError
-from lightning_rmt.local_law.multiplicative import shrinkage_of_samples
+from lightning_rmt.local_law.multiplicative import FewSamples, ggn_effective_damping
 from lightning_rmt.local_law.resolvent import Resolvent
 from lightning_rmt.local_law.vector_measure import VectorMeasure
 from lightning_rmt.spectra.spectrum import Spectrum
@@ -36,9 +48,10 @@ from lightning_rmt.spectra.spectrum import Spectrum
 NEAREST, FARTHEST, GRID = 1e-8, 1e3, 89
 #: A curvature that is less than this share of its terms' absolute values isn't told from zero.
 TOLD_FROM_ZERO = 0.1
-
-#: Damping to ``(shift, factor)``: ``E[R A R] = factor R (H + shift) R``.
-_Cost = Callable[[float], tuple[float, float]]
+#: Standard error of q in units of that of ``v' N v`` for a fixed vector v.
+CURVATURE_ERROR = 2.0
+#: What samples leave must be told from zero by so many standard errors, since q divides by its square.
+LEFT_ERRORS = 3.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class JointDamping:
         damping: in the operator's units.
         step: eta, the factor on ``(H + damping)^-1 g``: about 1 where the damping fits and the gradient is clean, less where
             the gradient is noisy.
-        gain: expected decrease of the loss.
+        gain: decrease of the loss that can be expected within a standard error.
         at_bound: the best damping is the largest one that was looked at: a plain gradient step would do.
     """
 
@@ -63,9 +76,6 @@ def joint_damping(
     noise: float, spectrum: Spectrum, gradient: VectorMeasure, difference: VectorMeasure | None = None
 ) -> JointDamping:
     """Damping and step length for additive noise, equations (1) and (2).
-
-    Measured (n = 1000, power law and Marchenko-Pastur bulk with spikes, s from .1 to 3, gradient noise none and equal to the
-    signal): the loss after the step is within 4 % of the best over all dampings and steps, found with the truth.
 
     Args:
         noise: scale s of the noise in the batch's curvature matrix.
@@ -82,12 +92,13 @@ def joint_damping(
     """
     noise = noise_scale_argument(noise)
     bulk = Resolvent.of(spectrum_argument(spectrum), noise)
-    variance = bulk.variance * noise**2
+    variance, error = bulk.variance * noise**2, noise * math.sqrt(bulk.variance * 2 / spectrum.size)
 
-    def cost(damping: float) -> tuple[float, float]:
-        return 2 * variance * bulk.mean(damping) if variance > 0 else 0.0, 1.0
+    def cost(vector: VectorMeasure, damping: float) -> _Curvature:
+        value, terms = vector.curvature(damping, 2 * variance * bulk.mean(damping) if variance > 0 else 0.0)
+        return _Curvature(value, terms, error * vector.resolvent(damping, 2))
 
-    return _best(cost, smallest_damping(noise, spectrum), gradient, difference)
+    return _best(cost, smallest_damping(noise, spectrum), spectrum.size, gradient, difference)
 
 
 def ggn_joint_damping(
@@ -107,10 +118,16 @@ def ggn_joint_damping(
         NoDampingError: as for `joint_damping`, or the matrix has a larger rank than samples.
     """
 
-    def cost(damping: float) -> tuple[float, float]:
-        return 0.0, shrinkage_of_samples(damping, samples, spectrum) ** -2
+    law = FewSamples.of(samples, spectrum)
 
-    return _best(cost, 0.0, gradient, difference)
+    def cost(vector: VectorMeasure, damping: float) -> _Curvature:
+        left, error = law.left(damping), law.error(damping)
+        if left <= LEFT_ERRORS * error:
+            return _Curvature(-1.0, 1.0, 0.0)
+        value = vector.curvature(damping, 0.0)[0] / (left - error) ** 2
+        return _Curvature(value, value, math.sqrt(2 / samples) * value)
+
+    return _best(cost, 0.0, spectrum.size, gradient, difference)
 
 
 def expected_curvature(damping: float, noise: float, spectrum: Spectrum, vector: VectorMeasure) -> float:
@@ -147,26 +164,48 @@ def ggn_expected_curvature(damping: float, samples: float, spectrum: Spectrum, v
         ValueError: the damping is negative or not finite, or the samples don't fit the spectrum.
         NoDampingError: the matrix has a larger rank than samples.
     """
-    return vector.curvature(damping, 0.0)[0] * shrinkage_of_samples(damping, samples, spectrum) ** -2
+    return vector.curvature(damping, 0.0)[0] * (ggn_effective_damping(damping, samples, spectrum) / damping) ** 2
 
 
-def _best(cost: _Cost, smallest: float, gradient: VectorMeasure, difference: VectorMeasure | None) -> JointDamping:
+@dataclass(frozen=True)
+class _Curvature:
+    """True curvature along a step ``R v``, the absolute values of the terms that it is a sum of, and a standard error."""
+
+    value: float
+    terms: float
+    error: float
+
+    @property
+    def at_most(self) -> float:
+        """One standard error higher, infinite where it isn't told from zero or negative."""
+        error = CURVATURE_ERROR * self.error
+        highest = max(self.value, 0.0) + error
+        return highest if self.value > -error and highest > TOLD_FROM_ZERO * self.terms else math.inf
+
+
+def _best(
+    cost: Callable[[VectorMeasure, float], _Curvature],
+    smallest: float,
+    size: int,
+    gradient: VectorMeasure,
+    difference: VectorMeasure | None,
+) -> JointDamping:
     from scipy.optimize import minimize_scalar  # SciPy is slow to import
 
-    lowest = float(gradient.nodes[0] if difference is None else min(gradient.nodes.min(), difference.nodes.min()))
-    start = max(smallest, -float(min(lowest, gradient.nodes.min())))
+    seen = [vector.nodes.min() for vector in (gradient, difference) if vector is not None]
+    start = max(smallest, -float(min(seen)))  # a gradient may see negative outliers, which no bulk edge knows of
     scale = float(np.abs(gradient.nodes).max())
     if scale == 0:
         raise NoDampingError("the curvature along the gradient is zero everywhere: no damping gives a step")
 
     def step(log_distance: float) -> tuple[float, float, float]:
-        """Damping, a and q; a is 0 where the two say nothing."""
+        """Damping, and what is sure of a and q."""
         damping = start + math.exp(log_distance) * scale
-        slope = gradient.resolvent(damping) - (0.0 if difference is None else difference.resolvent(damping))
-        shift, factor = cost(damping)
-        curvature, terms = gradient.curvature(damping, shift)
-        usable = slope > 0 and curvature > TOLD_FROM_ZERO * terms
-        return damping, slope if usable else 0.0, factor * curvature if usable else 1.0
+        slope = gradient.resolvent(damping)
+        if difference is not None:
+            error = 2 * math.sqrt(difference.weights.sum() / size * gradient.resolvent(damping, 2))
+            slope -= difference.resolvent(damping) + error
+        return damping, max(slope, 0.0), cost(gradient, damping).at_most
 
     def loss(log_distance: float) -> float:
         _, slope, curvature = step(log_distance)

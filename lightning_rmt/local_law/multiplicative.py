@@ -21,14 +21,16 @@ weighted by the loss; their effective number ``(sum w)^2 / sum w^2`` is what cou
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_rmt.local_law.arguments import not_negative, spectrum_argument, vector
+from lightning_rmt.local_law.arguments import positive, spectrum_argument, vector
 from lightning_rmt.local_law.cleaning import Cleaned, without, well_apart
 from lightning_rmt.local_law.errors import NoDampingError
 from lightning_rmt.local_law.resolvent import rising_root
+from lightning_rmt.spectra.bulk import Bulk
 from lightning_rmt.spectra.spectrum import Spectrum
 
 #: A negative eigenvalue of this share of the largest is more than rounding.
@@ -51,7 +53,15 @@ def ggn_effective_damping(damping: float, samples: float, spectrum: Spectrum) ->
             semidefinite matrix.
         NoDampingError: the matrix has a larger rank than samples: ``samples`` is too small.
     """
-    return damping / shrinkage_of_samples(damping, samples, spectrum)
+    damping = positive(damping, "damping")
+    law = FewSamples.of(samples, spectrum)
+    left = law.left(damping)
+    if left <= 0:
+        raise NoDampingError(
+            f"a damping of {damping:.6g} leaves {law.freedom(damping):.6g} directions of this spectrum, {samples:.6g} samples "
+            "have no more than that: count one sample per example and output of the model, or raise the damping"
+        )
+    return damping / left
 
 
 def ggn_damping_for(effective: float, samples: float, spectrum: Spectrum) -> float:
@@ -67,16 +77,11 @@ def ggn_damping_for(effective: float, samples: float, spectrum: Spectrum) -> flo
         ValueError: as for `ggn_effective_damping`.
         NoDampingError: the noise alone amounts to more damping than that, or the matrix has a larger rank than samples.
     """
-    _positive(effective, "effective")
-    eigenvalues, counts = _positive_spectrum(spectrum)
-    samples = _positive(samples, "samples")
+    effective = positive(effective, "effective")
+    law = FewSamples.of(samples, spectrum)
 
     def equation(damping: float) -> tuple[float, float]:
-        kept = counts / (eigenvalues + damping)
-        return (
-            damping + effective * float(kept @ eigenvalues) / samples - effective,
-            1 - effective * float(kept @ (eigenvalues / (eigenvalues + damping))) / samples,
-        )
+        return damping - effective * law.left(damping), 1 - effective * law.slope(damping)
 
     damping = rising_root(equation, effective, concave=False)
     if not damping > 0 or abs(equation(damping)[0]) > 1e-6 * effective:
@@ -85,30 +90,6 @@ def ggn_damping_for(effective: float, samples: float, spectrum: Spectrum) -> flo
             "than the matrix has rank; ask for more damping or take more samples"
         )
     return damping
-
-
-def shrinkage_of_samples(damping: float, samples: float, spectrum: Spectrum) -> float:
-    """``1 - dof(d) / N``, from 0 to 1: how much of a fit to N samples is left in new ones.
-
-    Args:
-        damping: as for `ggn_effective_damping`.
-        samples: as for `ggn_effective_damping`.
-        spectrum: as for `ggn_effective_damping`.
-
-    Raises:
-        TypeError: as for `ggn_effective_damping`.
-        ValueError: as for `ggn_effective_damping`.
-        NoDampingError: as for `ggn_effective_damping`.
-    """
-    damping, samples = _positive(damping, "damping"), _positive(samples, "samples")
-    eigenvalues, counts = _positive_spectrum(spectrum)
-    freedom = float(counts @ (eigenvalues / (eigenvalues + damping)))
-    if freedom >= samples:
-        raise NoDampingError(
-            f"a damping of {damping:.6g} leaves {freedom:.6g} directions of this spectrum, {samples:.6g} samples have no more "
-            "than that: count one sample per example and output of the model, or raise the damping"
-        )
-    return 1 - freedom / samples
 
 
 def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cleaned:
@@ -127,8 +108,7 @@ def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cle
         ValueError: as for `ggn_effective_damping`, or an eigenvalue is not finite.
     """
     found = vector(eigenvalues, "eigenvalues")
-    samples = _positive(samples, "samples")
-    _positive_spectrum(spectrum)
+    FewSamples.of(samples, spectrum)  # refuses what is no covariance
     nodes, weights = without(found, spectrum)
     counts = weights * spectrum.size
     curvature, location, overlap = (np.full(found.size, math.nan) for _ in range(3))
@@ -146,21 +126,54 @@ def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cle
     return Cleaned(found, curvature, location, overlap)
 
 
-def _positive(value: float, name: str) -> float:
-    if not not_negative(value, name, "it must be above 0") > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-    return float(value)
+@dataclass(frozen=True, eq=False)
+class FewSamples:
+    """How much of a fit to N samples is left in new ones: ``1 - dof(d) / N``.
 
+    Attributes:
+        eigenvalues: of the noisy matrix, at least 0; outliers are among them, since each takes a whole direction.
+        counts: how many there are of each.
+        samples: N.
+        bulk: where the counts' sampling errors come from.
+    """
 
-def _positive_spectrum(spectrum: Spectrum) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Eigenvalues and how many of each, outliers among them: each takes a whole direction."""
-    bulk = spectrum_argument(spectrum).bulk
-    nodes, weights = bulk.pooled()
-    values = np.concatenate([nodes, bulk.outliers])
-    counts = np.concatenate([weights * bulk.size, np.ones(bulk.outliers.size)])
-    if values.min() < -ROUNDING * np.abs(values).max():
-        raise ValueError(
-            f"this spectrum reaches down to {values.min():.4g}: a Gauss-Newton matrix or a gradient covariance has no negative "
-            "eigenvalues; for a Hessian use effective_damping, whose noise is additive"
-        )
-    return values.clip(0), counts
+    eigenvalues: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    samples: float
+    bulk: Bulk
+
+    @classmethod
+    def of(cls, samples: float, spectrum: Spectrum) -> FewSamples:
+        """From a measured spectrum.
+
+        Raises:
+            TypeError: the spectrum is none.
+            ValueError: ``samples`` isn't positive, or the spectrum has negative eigenvalues.
+        """
+        bulk = spectrum_argument(spectrum).bulk
+        nodes, weights = bulk.pooled()
+        values = np.concatenate([nodes, bulk.outliers])
+        counts = np.concatenate([weights * bulk.size, np.ones(bulk.outliers.size)])
+        if values.min() < -ROUNDING * np.abs(values).max():
+            raise ValueError(
+                f"this spectrum reaches down to {values.min():.4g}: a Gauss-Newton matrix or a gradient covariance has no "
+                "negative eigenvalues; for a Hessian use effective_damping, whose noise is additive"
+            )
+        return cls(values.clip(0), counts, positive(samples, "samples"), bulk)
+
+    def freedom(self, damping: float) -> float:
+        """``dof(d) = tr S (S + d)^-1``."""
+        return float(self.counts @ (self.eigenvalues / (self.eigenvalues + damping)))
+
+    def left(self, damping: float) -> float:
+        """``1 - dof(d) / N``; not positive where the matrix has a larger rank than samples."""
+        return 1 - self.freedom(damping) / self.samples
+
+    def error(self, damping: float) -> float:
+        """Standard error of `left`, from the random weights of the eigenvalues that aren't resolved."""
+        variance = self.bulk.covariance(lambda x: (x.clip(0) / (x.clip(0) + damping))[None, :])[0, 0]
+        return self.bulk.size * math.sqrt(max(float(variance), 0.0)) / self.samples
+
+    def slope(self, damping: float) -> float:
+        """Derivative of `left`."""
+        return float(self.counts @ (self.eigenvalues / (self.eigenvalues + damping) ** 2)) / self.samples

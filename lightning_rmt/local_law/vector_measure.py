@@ -58,9 +58,9 @@ class VectorMeasure:
         """
         return cls(run.nodes, run.weights * not_negative(norm, "norm", "it is the length of the start vector") ** 2)
 
-    def resolvent(self, damping: float) -> float:
-        """``v' (H + damping)^-1 v``."""
-        return float(self.weights @ (1 / (self.nodes + damping)))
+    def resolvent(self, damping: float, power: int = 1) -> float:
+        """``v' (H + damping)^-power v``."""
+        return float(self.weights @ (self.nodes + damping) ** -power)
 
     def curvature(self, damping: float, shift: float) -> tuple[float, float]:
         """``v' R (H + shift) R v`` with ``R = (H + damping)^-1``, and the same with the absolute values of its terms."""
