@@ -16,10 +16,10 @@ from one parameter k, the damping that H_0 would need for the same resolvent:
 
     d = k + (s^2 - s_0^2) tau_0(k),     d_eff = k - s_0^2 tau_0(k).                                               (2)
 
-Both known ways to invert (1) are special cases: ``s_0 = s`` solves (1) by iteration, ``s_0 = 0`` is the explicit
-``d = d_eff + s^2 (1/n) tr (A + d_eff)^-1``. Neither is better: measured on a power law and a Marchenko-Pastur law with spikes
-(n = 1500), each recovers ``d_eff`` to .4 % from its own spectrum, and errs by up to 100 % on the other's. So it is an
-argument, not a choice of ours.
+Both known ways to invert (1) are special cases: ``s_0 = s`` solves it by iteration, ``s_0 = 0`` is the explicit
+``d = d_eff + s^2 (1/n) tr (A + d_eff)^-1``. Neither is the better rule: each is right for its own spectrum and wrong for the
+other's. Measured on four matrices (n = 1500; one probe, 100 steps): the right one recovers ``d_eff`` within 1.1 % at 1.05 times
+the edge and .3 % from 1.5 times on, the other errs by up to 23 %, or finds no answer. So it is an argument.
 
 What enters tau is said in ``resolvent``. All of it is scale-covariant: c times the curvature and c times the noise make c
 times the damping.
@@ -87,8 +87,8 @@ def effective_damping(
     law = _Law.of(noise, spectrum, spectrum_noise)
     if damping < law.smallest:
         raise NoDampingError(
-            f"a damping of {damping:.6g} is below the bulk edge: under {law.smallest:.6g} noise and negative curvature leave "
-            "the damped matrix with eigenvalues of either sign; raise the damping, or lower the noise with a larger batch"
+            f"a damping of {damping:.6g} is below the bulk edge: under {law.smallest:.6g} noise and negative curvature "
+            "leave the damped matrix with eigenvalues of either sign; raise the damping, or lower the noise with a larger batch"
         )
     left = law.effective(law.parameter(damping))
     if not math.isfinite(left):
@@ -124,8 +124,8 @@ def damping_for(effective: float, noise: float, spectrum: Spectrum, *, spectrum_
 def self_consistent_damping(noise: float, spectrum: Spectrum, *, spectrum_noise: float | None = None) -> float:
     """The damping at which a noisy Newton step of length one is neither too long nor too short: ``d = 2 s^2 tau(d)``.
 
-    From Stein's identity, ``E[R A R] = R - (d - 2 s^2 tau) R^2`` with ``R = (H + d)^-1``: without noise in the gradient g the
-    loss along ``-R g`` is lowest after exactly one step where the bracket vanishes. Then ``d_eff = d / 2``. With flat
+    From Stein's identity, ``E[R A R] = R - (d - 2 s^2 tau) R^2`` with ``R = (H + d)^-1``: without noise in the gradient g
+    the loss along ``-R g`` is lowest after exactly one step where the bracket vanishes. Then ``d_eff = d / 2``. With flat
     true curvature it is the noise edge 2s; with a bulk at mu, much above s, it is ``2 s^2 / mu``.
 
     It knows no noise of the gradient, and is too small for a single step where that dominates (up to six times the best loss
@@ -210,11 +210,11 @@ class _Law:
         return k - self.measured * self.bulk.mean(k) if self.measured > 0 else k
 
     def solve(self, factor: float, wanted: float) -> float:
-        """k with ``k - factor tau_0(k) = wanted``, at least `start`."""
+        """The k with ``k - factor tau_0(k) = wanted``, at least `start`."""
         return self.bulk.damping_where(factor, wanted, self.start) if factor > 0 else max(wanted, self.start)
 
     def parameter(self, damping: float) -> float:
-        """k of this damping; the damping rises with k from `start` on, and is convex."""
+        """The k of this damping; the damping rises with k from `start` on, and is convex."""
 
         def equation(k: float) -> tuple[float, float]:
             return k + self.added * self.bulk.mean(k) - damping, 1 - self.added * self.bulk.mean(k, 2)

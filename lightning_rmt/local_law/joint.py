@@ -117,7 +117,6 @@ def ggn_joint_damping(
         ValueError: ``samples`` isn't positive, or the spectrum isn't that of a positive semidefinite matrix.
         NoDampingError: as for `joint_damping`, or the matrix has a larger rank than samples.
     """
-
     law = FewSamples.of(samples, spectrum)
 
     def cost(vector: VectorMeasure, damping: float) -> _Curvature:

@@ -7,12 +7,12 @@ A Gauss-Newton matrix or a gradient covariance of a batch is a sample covariance
     (S + d)^-1  =  (k / d) (C + k)^-1  in any fixed direction,    k = d / (1 - dof(d) / N).                       (1)
 
 So noise of this kind *adds* damping: a step with the matrix of few samples is one with a larger damping k, k / d times as
-long (Bai and Silverstein 1998; Ledoit and Peche 2011; for random features Jacot et al. 2020 call k the implicit ridge). Cleaning an
-eigenvector u of S with eigenvalue l is the formula of Ledoit and Peche (2011, theorem 4) outside of the bulk,
+long (Marchenko and Pastur 1967; for the resolvent itself Knowles and Yin 2017). For an eigenvector u of S whose eigenvalue l
+stands apart from the bulk the cleaning of Ledoit and Peche 2011 is
 
     u'Cu = l / (1 - dof_l / N)^2,    dof_l = sum over the other eigenvalues m of m / (m - l) ,                    (2)
 
-which is ``l / |1 - q + q l g(l)|^2`` with ``q = n / N`` and the Stieltjes transform g. All of it needs no other knowledge of C.
+which is ``l / |1 - q + q l g(l)|^2`` with ``q = n / N`` and the Stieltjes transform g. Nothing else need be known of C.
 
 The number of samples N is that of independent rank-one terms. One sample of a batch gives as many as the model has outputs,
 weighted by the loss; their effective number ``(sum w)^2 / sum w^2`` is what counts when the weights differ.
@@ -21,13 +21,14 @@ weighted by the loss; their effective number ``(sum w)^2 / sum w^2`` is what cou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_rmt.local_law.arguments import positive, spectrum_argument, vector
-from lightning_rmt.local_law.cleaning import Cleaned, without, well_apart
+from lightning_rmt.local_law.cleaning import Cleaned, well_apart, without
 from lightning_rmt.local_law.errors import NoDampingError
 from lightning_rmt.local_law.resolvent import rising_root
 from lightning_rmt.spectra.bulk import Bulk
@@ -49,8 +50,8 @@ def ggn_effective_damping(damping: float, samples: float, spectrum: Spectrum) ->
 
     Raises:
         TypeError: the spectrum is none.
-        ValueError: the damping isn't positive and finite, ``samples`` isn't positive, or the spectrum isn't that of a positive
-            semidefinite matrix.
+        ValueError: the damping isn't positive and finite, ``samples`` isn't positive, or the spectrum isn't that of a
+            positive semidefinite matrix.
         NoDampingError: the matrix has a larger rank than samples: ``samples`` is too small.
     """
     damping = positive(damping, "damping")
@@ -58,8 +59,8 @@ def ggn_effective_damping(damping: float, samples: float, spectrum: Spectrum) ->
     left = law.left(damping)
     if left <= 0:
         raise NoDampingError(
-            f"a damping of {damping:.6g} leaves {law.freedom(damping):.6g} directions of this spectrum, {samples:.6g} samples "
-            "have no more than that: count one sample per example and output of the model, or raise the damping"
+            f"a damping of {damping:.6g} leaves {law.freedom(damping):.6g} directions of this spectrum, {samples:.6g} "
+            "samples have no more than that: count one sample per example and output of the model, or raise the damping"
         )
     return damping / left
 
@@ -86,8 +87,8 @@ def ggn_damping_for(effective: float, samples: float, spectrum: Spectrum) -> flo
     damping = rising_root(equation, effective, concave=False)
     if not damping > 0 or abs(equation(damping)[0]) > 1e-6 * effective:
         raise NoDampingError(
-            f"no damping amounts to {effective:.6g}: the noise of {samples:.6g} samples alone does to more, or they are fewer "
-            "than the matrix has rank; ask for more damping or take more samples"
+            f"no damping amounts to {effective:.6g}: the noise of {samples:.6g} samples alone does to more, or they are "
+            "fewer than the matrix has rank; ask for more damping or take more samples"
         )
     return damping
 
@@ -135,12 +136,14 @@ class FewSamples:
         counts: how many there are of each.
         samples: N.
         bulk: where the counts' sampling errors come from.
+        known: 1 where the counts were calibrated to the rank that N samples give, else 0.
     """
 
     eigenvalues: NDArray[np.float64]
     counts: NDArray[np.float64]
     samples: float
     bulk: Bulk
+    known: float
 
     @classmethod
     def of(cls, samples: float, spectrum: Spectrum) -> FewSamples:
@@ -159,7 +162,25 @@ class FewSamples:
                 f"this spectrum reaches down to {values.min():.4g}: a Gauss-Newton matrix or a gradient covariance has no "
                 "negative eigenvalues; for a Hessian use effective_damping, whose noise is additive"
             )
-        return cls(values.clip(0), counts, positive(samples, "samples"), bulk)
+        law = cls(values.clip(0), counts, positive(samples, "samples"), bulk, 0.0)
+        return law._calibrated() if bulk.zero_mass > 0 and samples < spectrum.size else law
+
+    def _calibrated(self) -> FewSamples:
+        """With the rank that N samples give, where the measured one doesn't differ from it by more than three errors.
+
+        What is left of a fit vanishes with the damping then, and has to do so exactly: the step divides by its square.
+        """
+        zero = np.append(self.bulk.is_zero(self.bulk.pooled()[0]), np.zeros(self.bulk.outliers.size, dtype=bool))
+        rank = float(self.counts[~zero].sum())
+        error = self._spread(lambda x: (~self.bulk.is_zero(x)).astype(float))
+        if not (rank > 0 and abs(rank - self.samples) <= 3 * error):
+            return self
+        return replace(self, counts=np.where(zero, self.counts, self.counts * (self.samples / rank)), known=1.0)
+
+    def _spread(self, function: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> float:
+        """Standard error of a function's sum over the eigenvalues, from the random weights of those that aren't resolved."""
+        variance = float(self.bulk.covariance(lambda x: function(x)[None, :])[0, 0])
+        return self.bulk.size * math.sqrt(max(variance, 0.0))
 
     def freedom(self, damping: float) -> float:
         """``dof(d) = tr S (S + d)^-1``."""
@@ -170,9 +191,10 @@ class FewSamples:
         return 1 - self.freedom(damping) / self.samples
 
     def error(self, damping: float) -> float:
-        """Standard error of `left`, from the random weights of the eigenvalues that aren't resolved."""
-        variance = self.bulk.covariance(lambda x: (x.clip(0) / (x.clip(0) + damping))[None, :])[0, 0]
-        return self.bulk.size * math.sqrt(max(float(variance), 0.0)) / self.samples
+        """Standard error of `left`."""
+        share = self.known * self.freedom(damping) / self.samples  # of the rank: its error cancels where that is known
+        spread = self._spread(lambda x: x.clip(0) / (x.clip(0) + damping) - share * ~self.bulk.is_zero(x))
+        return spread / self.samples
 
     def slope(self, damping: float) -> float:
         """Derivative of `left`."""

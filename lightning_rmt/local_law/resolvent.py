@@ -1,4 +1,4 @@
-"""Means over the bulk of a measured spectrum of powers of ``1 / (eigenvalue + damping)``, and from which damping on they hold.
+"""Means of ``1 / (eigenvalue + damping)`` over the bulk of a measured spectrum, and from which damping on they hold.
 
 What enters, and why:
 

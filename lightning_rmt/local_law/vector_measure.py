@@ -14,7 +14,7 @@ from lightning_rmt.local_law.arguments import not_negative, vector
 
 @dataclass(frozen=True, eq=False)
 class VectorMeasure:
-    """Quadratic forms ``v' f(H) v = sum_j w_j f(x_j)`` of one vector v: a Gauss quadrature (Golub and Meurant 2010, chapter 7).
+    """Quadratic forms ``v' f(H) v = sum_j w_j f(x_j)`` of one vector v, by Gauss quadrature (Golub and Meurant 2010).
 
     Not the spectrum: a random start sees all directions alike, a gradient mostly those of large curvature. One belongs in
     ``tau``, the other in what a step along the gradient gains and costs.
