@@ -26,8 +26,8 @@ from lightning_rmt.spectra.moments import Estimate
 
 #: Distinct batch sizes that the free exponent needs.
 LEAST_SIZES = 3
-#: The variance of an outlier over batches is taken as ``x_b`` plus this share of its mean: even the full data set, without any
-#: noise, is to have finite weight.
+#: The variance of an outlier over batches is taken as ``x_b`` plus this share of its mean: even the full data set, without
+#: any noise, is to have finite weight.
 LEAST_VARIANCE = 0.1
 
 
@@ -37,8 +37,8 @@ class OutlierBatchFit:
 
     Attributes:
         theta: eigenvalues of the true matrix, one per outlier, in the operator's units.
-        alpha: noise variance of one sample along the outliers, in the operator's units squared; negative where outliers shrink
-            as the noise grows, which no noise of this kind does.
+        alpha: noise variance of one sample along the outliers, in the operator's units squared; negative where outliers
+            shrink as the noise grows, which no noise of this kind does.
         beta: mean of the bulk, in the operator's units; 0 with an error of 0 for a single outlier, which can't tell it.
         exponent: q in ``s(b) = b^-q``, from a second fit in which it is free; 1/2 for independent samples.
         r_squared: share of the outliers' variance over batches, each about its own mean, that (1) explains.
@@ -80,8 +80,8 @@ def outlier_batch_fit(
         sample_noise: noise scale of a single sample in all directions, ``s(b) / sqrt(1/b - 1/N)``; gives the anisotropy.
 
     Raises:
-        ValueError: the shapes don't fit, there are fewer than three batch sizes or no outliers, a number isn't finite, a batch
-            is larger than the data set, or an outlier changes its sign between batches.
+        ValueError: the shapes don't fit, there are fewer than three batch sizes or no outliers, a number isn't finite, a
+            batch is larger than the data set, or an outlier changes its sign between batches.
     """
     sizes, levels = np.asarray(batch_sizes, dtype=np.float64), np.asarray(eigenvalues, dtype=np.float64)
     _check(sizes, levels, dataset_size)
@@ -119,8 +119,8 @@ def outlier_batch_fit(
 def _check(sizes: NDArray[np.float64], levels: NDArray[np.float64], dataset_size: float) -> None:
     if sizes.ndim != 1 or levels.ndim != 2 or levels.shape[0] != sizes.size or levels.shape[1] == 0:
         raise ValueError(
-            f"expected one batch size per row of eigenvalues, shapes (rows,) and (rows, outliers), with at least one outlier; "
-            f"got {sizes.shape} and {levels.shape}"
+            "expected one batch size per row of eigenvalues, shapes (rows,) and (rows, outliers), with at least one "
+            f"outlier; got {sizes.shape} and {levels.shape}"
         )
     if not (np.isfinite(sizes).all() and np.isfinite(levels).all()):
         raise ValueError("batch sizes and eigenvalues must be finite; leave out batches whose outliers aren't known")
@@ -130,8 +130,8 @@ def _check(sizes: NDArray[np.float64], levels: NDArray[np.float64], dataset_size
         )
     if np.unique(sizes).size < LEAST_SIZES:
         raise ValueError(
-            f"a fit with a free exponent needs {LEAST_SIZES} distinct batch sizes, got {np.unique(sizes).size}: any two points "
-            "lie on a curve of this kind"
+            f"a fit with a free exponent needs {LEAST_SIZES} distinct batch sizes, got {np.unique(sizes).size}: any two "
+            "points lie on a curve of this kind"
         )
     if not ((levels > 0).all(axis=0) | (levels < 0).all(axis=0)).all():
         raise ValueError(

@@ -18,8 +18,8 @@ from one parameter k, the damping that H_0 would need for the same resolvent:
 
 Both known ways to invert (1) are special cases: ``s_0 = s`` solves it by iteration, ``s_0 = 0`` is the explicit
 ``d = d_eff + s^2 (1/n) tr (A + d_eff)^-1``. Neither is the better rule: each is right for its own spectrum and wrong for the
-other's. Measured on four matrices (n = 1500; one probe, 100 steps): the right one recovers ``d_eff`` within 1.1 % at 1.05 times
-the edge and .3 % from 1.5 times on, the other errs by up to 23 %, or finds no answer. So it is an argument.
+other's. Measured on four matrices (n = 1500; one probe, 100 steps): the right one recovers ``d_eff`` within 1.1 % at 1.05
+times the edge and .3 % from 1.5 times on, the other errs by up to 23 %, or finds no answer. So it is an argument.
 
 What enters tau is said in ``resolvent``. All of it is scale-covariant: c times the curvature and c times the noise make c
 times the damping.
@@ -88,11 +88,13 @@ def effective_damping(
     if damping < law.smallest:
         raise NoDampingError(
             f"a damping of {damping:.6g} is below the bulk edge: under {law.smallest:.6g} noise and negative curvature "
-            "leave the damped matrix with eigenvalues of either sign; raise the damping, or lower the noise with a larger batch"
+            "leave the damped matrix with eigenvalues of either sign; raise the damping, or the batch size"
         )
     left = law.effective(law.parameter(damping))
     if not math.isfinite(left):
-        raise NoDampingError("a damping of 0 leaves a matrix with an atom at zero singular; raise it")
+        raise NoDampingError(
+            f"a damping of {damping:.6g} is minus a degenerate eigenvalue: the matrix is singular; raise it"
+        )
     return left
 
 
@@ -201,7 +203,7 @@ class _Law:
 
     @property
     def smallest(self) -> float:
-        return self.damping(self.start)
+        return max(self.damping(self.start), 0.0)
 
     def damping(self, k: float) -> float:
         return k + self.added * self.bulk.mean(k) if self.added > 0 else k

@@ -19,8 +19,8 @@ class DampingLearner:
     ``1 + damping``. That is shrinkage towards the identity (`linear_shrinkage` with target 1) where the curvature is small
     against 1, smoothed over time.
 
-    As itself, with what is known of it: v has the units of a squared curvature, so that c times the loss gives ``c^2`` times the
-    damping, and the variance over B batches is (B - 1)/B of the true one. The local-law rules have neither flaw.
+    As itself, with what is known of it: v has the units of a squared curvature, so that c times the loss gives ``c^2``
+    times the damping, and the variance over B batches is (B - 1)/B of the true one. The local-law rules have neither flaw.
 
     Attributes:
         minimum: the damping that the user set.

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_rmt.local_law.arguments import positive, spectrum_argument, vector
-from lightning_rmt.local_law.cleaning import Cleaned, well_apart, without
+from lightning_rmt.local_law.cleaning import Cleaned, sampling_error, standing_apart
 from lightning_rmt.local_law.errors import NoDampingError
 from lightning_rmt.local_law.resolvent import rising_root
 from lightning_rmt.spectra.bulk import Bulk
@@ -110,13 +110,10 @@ def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cle
     """
     found = vector(eigenvalues, "eigenvalues")
     FewSamples.of(samples, spectrum)  # refuses what is no covariance
-    nodes, weights = without(found, spectrum)
-    counts = weights * spectrum.size
-    curvature, location, overlap = (np.full(found.size, math.nan) for _ in range(3))
-    for index, value in enumerate(found):
-        if value <= 0 or not well_apart(float(value), nodes, weights):
-            continue
-        kept = counts * nodes / (nodes - value)
+    curvature, location, overlap, error = (np.full(found.size, math.nan) for _ in range(4))
+    for index, nodes, weights in standing_apart(found.clip(0), spectrum):
+        value = found[index]
+        kept = spectrum.size * weights * nodes / (nodes - value)
         left = 1 - float(kept.sum()) / samples
         slope = -float((kept / (nodes - value)).sum()) / samples  # of that, by the eigenvalue
         # location(l) = l / left(l); the overlap is location / (l location')
@@ -124,7 +121,9 @@ def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cle
         if left > 0 and change > 0:
             location[index], curvature[index] = value / left, value / left**2
             overlap[index] = location[index] / (value * change)
-    return Cleaned(found, curvature, location, overlap)
+            spread = sampling_error(value, lambda x, value: x / (x - value), spectrum)
+            error[index] = 2 * curvature[index] / left * spread * spectrum.size / samples
+    return Cleaned(found, curvature, location, overlap, error)
 
 
 @dataclass(frozen=True, eq=False)

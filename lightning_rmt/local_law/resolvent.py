@@ -86,14 +86,14 @@ class Resolvent:
             noise: scale of the noise in that matrix. It decides what an atom at zero means.
         """
         bulk = spectrum.bulk
-        unreached = bulk.zero_mass > 0 and bulk.zero_width <= UNREACHED * noise
+        unreached = noise > 0 and bulk.zero_mass > 0 and bulk.zero_width <= UNREACHED * noise
         dead = bulk.zero_mass * (1 - bulk.removed_mass) if unreached else 0.0
         nodes, weights = bulk.pooled(zeros=not unreached)
         if not nodes.size:  # nothing but outliers and zeros: noise has nowhere to act
             return cls(np.empty(0), np.empty(0), 1.0, 0.0)
         share = (1 - bulk.removed_mass - dead) / (1 - dead)
         probes = (bulk.probe(index, zeros=not unreached) for index in range(len(bulk.nodes)))
-        floors = [_floor(x, w, bulk.is_zero(x[:1]).all()) for x, w in probes if x.size]
+        floors = [_floor(x, w, bool(bulk.is_zero(x[:1]).all())) for x, w in probes if x.size]
         return cls(nodes, weights * share, 1 / (1 - dead), max(floors))
 
 

@@ -6,7 +6,7 @@ Damping a matrix is shrinking it towards a multiple of the identity, with anothe
     a H + (1 - a) t I  =  a (H + d),    d = t (1 - a) / a.
 
 The intensity with the smallest expected Frobenius distance from the true matrix A, for unbiased H with noise variance
-``V = E |H - A|_F^2 / n``, is ``1 - a = V / (|H - t I|_F^2 / n)``, at most 1 (Ledoit and Wolf 2004 with t the mean eigenvalue).
+``V = E |H - A|_F^2 / n``, is ``1 - a = V / (|H - t I|_F^2 / n)``, at most 1 (Ledoit and Wolf 2004, t the mean eigenvalue).
 
 Frobenius distance cares about the matrix, a step about its inverse: under Wigner noise this damping is often below the
 bulk edge, where the damped matrix has eigenvalues of either sign. In simulations it lost by more than 25 times the best loss

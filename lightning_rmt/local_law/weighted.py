@@ -1,8 +1,8 @@
 """Cleaning the eigenvalues of a weighted sample covariance: factors of Shampoo, SOAP and K-FAC.
 
-Such a factor is ``L = sum_k T_k x_k x_k'``, with columns ``x_k`` of covariance A and weights from an exponential moving average
-and from the other factor's spectrum. With ``m(z) = (1/p) tr (L - z)^-1`` and ``e = tr A (aA - z)^-1`` the local law is
-``(L - z)^-1 = (a A - z)^-1`` with ``a e = Phi(e)``, so that
+Such a factor is ``L = sum_k T_k x_k x_k'``, with columns ``x_k`` of covariance A and weights from an exponential moving
+average and from the other factor's spectrum. With ``m(z) = (1/p) tr (L - z)^-1`` and ``e = tr A (aA - z)^-1`` the local law
+is ``(L - z)^-1 = (a A - z)^-1`` with ``a e = Phi(e)``, so that
 
     Phi(e) = sum_k T_k e / (1 + T_k e) = p (1 + z m(z)),     u'Au = Im e(l + i0) / (p Im m(l + i0))               (1)
 
@@ -53,8 +53,8 @@ class MovingAverageWeights:
         found = vector(self.spectrum, "spectrum")
         if not 0 < self.beta < 1 or self.steps < 1 or not found.size or (found < 0).any() or not found.sum() > 0:
             raise ValueError(
-                f"a moving average has 0 < beta < 1, at least one step and a spectrum that is not negative with a positive sum; "
-                f"got beta {self.beta}, {self.steps} steps, {found.size} eigenvalues"
+                "a moving average has 0 < beta < 1, at least one step and a spectrum of at least 0 with a positive sum; got "
+                f"beta {self.beta}, {self.steps} steps, {found.size} eigenvalues"
             )
         object.__setattr__(self, "spectrum", found / found.sum())
 
