@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_rmt.local_law.arguments import positive
+from lightning_rmt.local_law.arguments import number, positive
 from lightning_rmt.spectra.moments import Estimate
 
 #: Distinct batch sizes that the free exponent needs.
@@ -29,6 +29,8 @@ LEAST_SIZES = 3
 #: The variance of an outlier over batches is taken as ``x_b`` plus this share of its mean: even the full data set, without
 #: any noise, is to have finite weight.
 LEAST_VARIANCE = 0.1
+#: Evaluations of the model per fit. Outliers that the map fits take some fifty.
+EVALUATIONS = 500
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class OutlierBatchFit:
         theta: eigenvalues of the true matrix, one per outlier, in the operator's units.
         alpha: noise variance of one sample along the outliers, in the operator's units squared; negative where outliers
             shrink as the noise grows, which no noise of this kind does.
-        beta: mean of the bulk, in the operator's units; 0 with an error of 0 for a single outlier, which can't tell it.
+        beta: mean of the bulk, in the operator's units; with an error of 0 where it was given, or is taken for 0 since a
+            single outlier can't tell it.
         exponent: q in ``s(b) = b^-q``, from a second fit in which it is free; 1/2 for independent samples.
         r_squared: share of the outliers' variance over batches, each about its own mean, that (1) explains.
         anisotropy: alpha over the noise variance of one sample in all directions; None where that wasn't given.
@@ -69,6 +72,7 @@ def outlier_batch_fit(
     dataset_size: float = math.inf,
     *,
     sample_noise: float | None = None,
+    bulk_mean: float | None = None,
 ) -> OutlierBatchFit:
     """Fits the outlier map to outliers measured at several batch sizes.
 
@@ -78,6 +82,8 @@ def outlier_batch_fit(
         eigenvalues: outliers of each batch's matrix, matched by rank, shape (rows, outliers), in the operator's units.
         dataset_size: N, from which the batches are drawn without replacement; infinite where they never repeat.
         sample_noise: noise scale of a single sample in all directions, ``s(b) / sqrt(1/b - 1/N)``; gives the anisotropy.
+        bulk_mean: beta, where it is known: the mean of the bulk of a spectrum measured on many samples. Without it, alpha
+            and beta have to be told apart by outliers of very different size, and alpha is badly known.
 
     Raises:
         ValueError: the shapes don't fit, there are fewer than three batch sizes or no outliers, a number isn't finite, a
@@ -86,11 +92,10 @@ def outlier_batch_fit(
     sizes, levels = np.asarray(batch_sizes, dtype=np.float64), np.asarray(eigenvalues, dtype=np.float64)
     _check(sizes, levels, dataset_size)
     variance = None if sample_noise is None else positive(sample_noise, "sample_noise") ** 2
+    known = None if bulk_mean is None else number(bulk_mean, "bulk_mean")
 
     def estimates(rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        inflation = _Inflation(sizes[rows], levels[rows], dataset_size)
-        fixed, free = inflation.fit(), inflation.fit_exponent()
-        return np.append(fixed, free)
+        return _Inflation(sizes[rows], levels[rows], dataset_size, known).fit()
 
     everything = np.arange(sizes.size)
     whole = estimates(everything)
@@ -142,27 +147,28 @@ def _check(sizes: NDArray[np.float64], levels: NDArray[np.float64], dataset_size
 class _Inflation:
     """Least squares for (1) in units of the largest outlier and of the smallest batch's noise."""
 
-    def __init__(self, sizes: NDArray[np.float64], levels: NDArray[np.float64], dataset_size: float) -> None:
+    def __init__(
+        self, sizes: NDArray[np.float64], levels: NDArray[np.float64], dataset_size: float, beta: float | None
+    ) -> None:
         self.unit, self.smallest = float(np.abs(levels).max()), float(sizes.min())
-        self.levels = levels / self.unit
+        self.levels, self.count = levels / self.unit, levels.shape[1]
         self.relative, self.whole = sizes / self.smallest, dataset_size / self.smallest
         x = self.growth(0.5)
         self.root_weights = 1 / np.sqrt(x + LEAST_VARIANCE * x.mean())[:, None]
+        # one slope tells alpha or beta, not both
+        self.beta = 0.0 if beta is None and self.count == 1 else None if beta is None else beta / self.unit
 
     def growth(self, exponent: float) -> NDArray[np.float64]:
         """``x_b`` with this exponent, in units of the smallest batch's ``b^(-2q)``."""
         return np.asarray(self.relative ** (-2 * exponent) - self.whole ** (-2 * exponent))
 
     def fit(self) -> NDArray[np.float64]:
-        """Theta (outliers), alpha and beta, in the operator's units."""
-        solution = self._solve(self._start())
-        theta, alpha, gamma = solution[:-2], solution[-2], solution[-1]
-        beta = gamma / alpha if self.levels.shape[1] > 1 else 0.0
-        return np.concatenate([theta * self.unit, [alpha * self.unit**2 * self.smallest, beta * self.unit]])
-
-    def fit_exponent(self) -> float:
-        """The exponent, if it is free."""
-        return float(self._solve(np.append(self._solve(self._start()), 0.5))[-1])
+        """Theta (outliers), alpha, beta and, from a second fit, the exponent, in the operator's units."""
+        fixed = self._solve(self._start(), 0.5)
+        free = self._solve(np.append(fixed, 0.5), None)
+        theta, alpha = fixed[: self.count], fixed[self.count]
+        beta = fixed[self.count + 1] / alpha if self.beta is None else self.beta
+        return np.concatenate([theta * self.unit, [alpha * self.unit**2 * self.smallest, beta * self.unit, free[-1]]])
 
     def _start(self) -> NDArray[np.float64]:
         """A line per outlier, and alpha from the slopes."""
@@ -171,29 +177,35 @@ class _Inflation:
         (theta, slope), *_ = np.linalg.lstsq(design, self.levels * self.root_weights, rcond=None)
         mean = self.levels.mean(axis=0)
         theta = np.sign(mean) * np.maximum(np.sign(mean) * theta, 0.1 * np.abs(mean))
-        return np.append(theta, [float((slope / theta).sum() / (theta**-2).sum()), 0.0])
+        alpha = float((slope / theta).sum() / (theta**-2).sum())
+        return np.concatenate([theta, [alpha], [0.0] if self.beta is None else []])
 
-    def _solve(self, start: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Twice: the second time each outlier is weighted by its own scatter."""
+    def _solve(self, start: NDArray[np.float64], exponent: float | None) -> NDArray[np.float64]:
+        """Theta, alpha, alpha beta unless beta is known, and the exponent unless it is given.
+
+        Twice: the second time each outlier is weighted by its own scatter.
+        """
         from scipy.optimize import least_squares  # SciPy is slow to import
 
-        count = self.levels.shape[1]
-        moving = np.ones(start.size, dtype=bool)
-        moving[count + 1] = count > 1  # one slope tells alpha or beta, not both
-        scale = np.ones(count)
+        def residuals(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+            theta, alpha = parameters[: self.count], parameters[self.count]
+            gamma = parameters[self.count + 1] if self.beta is None else alpha * self.beta
+            x = self.growth(parameters[-1] if exponent is None else exponent)
+            return np.asarray(
+                (theta + x[:, None] * (alpha / theta + gamma / theta**2) - self.levels) * self.root_weights
+            )
 
-        def residuals(free: NDArray[np.float64]) -> NDArray[np.float64]:
-            full = start.copy()
-            full[moving] = free
-            theta, alpha, gamma = full[:count], full[count], full[count + 1]
-            x = self.growth(full[count + 2] if full.size > count + 2 else 0.5)
-            model = theta + x[:, None] * (alpha / theta + gamma / theta**2)
-            return np.asarray((model - self.levels) * self.root_weights / scale)
-
+        scale = np.ones(self.count)
         for _ in range(2):
-            found = least_squares(lambda free: residuals(free).ravel(), start[moving], method="lm", xtol=1e-12)
-            start = start.copy()
-            start[moving] = found.x
-            scatter = np.sqrt(np.mean((residuals(start[moving]) * scale) ** 2, axis=0))
+            found = least_squares(
+                lambda parameters, scale=scale: (residuals(parameters) / scale).ravel(),
+                start,
+                method="lm",
+                xtol=1e-10,
+                ftol=1e-12,
+                max_nfev=EVALUATIONS,
+            )
+            start = found.x
+            scatter = np.sqrt(np.mean(residuals(start) ** 2, axis=0))
             scale = np.maximum(scatter, max(1e-3 * float(scatter.max()), 1e-12))
-        return start
+        return np.asarray(start)

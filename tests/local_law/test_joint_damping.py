@@ -23,7 +23,7 @@ class Step:
     """One step on a quadratic: gradients of two halves of a batch, and the loss after any damping and length."""
 
     def __init__(self, noisy, gradient_noise, seed):
-        rng, self.noisy = np.random.default_rng(seed), noisy
+        rng, self.noisy = np.random.default_rng([seed, 1]), noisy
         self.error = rng.standard_normal(noisy.truth.size)
         clean = noisy.truth * self.error
         spread = gradient_noise * np.linalg.norm(clean) / clean.size**0.5
@@ -55,7 +55,7 @@ def test_curvature_along_a_step_of_a_noisy_matrix(kind, noise, times):
     """T2: ``v'RARv`` within 3 %, averaged over vectors and draws."""
     ratios = []
     for seed in range(4):
-        noisy, rng = wigner(kind, noise, N, seed), np.random.default_rng(seed)
+        noisy, rng = wigner(kind, noise, N, seed), np.random.default_rng([seed, 1])
         for _ in range(20):
             v = rng.standard_normal(N)
             measure = VectorMeasure(noisy.levels, (noisy.vectors.T @ v) ** 2)
@@ -69,46 +69,54 @@ def test_curvature_along_a_step_of_a_noisy_matrix(kind, noise, times):
 def test_curvature_along_a_step_of_few_samples(samples, damping):
     ratios = []
     for seed in range(3):
-        noisy, rng = covariance("spikes", samples, N, seed), np.random.default_rng(seed)
+        noisy, rng = covariance("spikes", samples, N, seed), np.random.default_rng([seed, 1])
         for _ in range(20):
             v = rng.standard_normal(N)
             measure = VectorMeasure(noisy.levels, (noisy.vectors.T @ v) ** 2)
             truth = noisy.truth @ noisy.step(damping, v) ** 2
             ratios.append(ggn_expected_curvature(damping, samples, noisy.spectrum, measure) / truth)
-    assert np.mean(ratios) == pytest.approx(1, abs=0.05 if samples > N / 2 else 0.1)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.05 if samples > N else 0.1)
 
 
 # --- the best step ---------------------------------------------------------------------------------------------------
 
 
+def geometric_mean(values):
+    return float(np.exp(np.mean(np.log(values))))
+
+
 @pytest.mark.parametrize("kind", ["spikes", "power"])
-@pytest.mark.parametrize("noise", [0.1, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("gradient_noise", [0.0, 1.0])
-def test_a_step_with_additive_noise(kind, noise, gradient_noise):
-    """T3: the loss within 10 % of the best over all dampings and lengths; within 13 % with as much noise as gradient."""
+def test_a_step_with_additive_noise(kind, gradient_noise):
+    """T3: within 4 % of the best loss over all dampings and lengths; 13 % where half of the gradient is noise."""
     ratios = []
-    for seed in range(3):
-        step = Step(wigner(kind, noise, N, seed), gradient_noise, seed)
-        found = joint_damping(noise, step.noisy.spectrum, step.measure, step.difference)
-        ratios.append(step.loss(found.damping, found.step) / step.best())
-    assert np.median(ratios) < (1.13 if gradient_noise else 1.10)
+    for noise in (0.1, 0.3, 1.0, 3.0):
+        for seed in range(3):
+            step = Step(wigner(kind, noise, N, seed), gradient_noise, seed)
+            found = joint_damping(noise, step.noisy.spectrum, step.measure, step.difference)
+            ratios.append(step.loss(found.damping, found.step) / step.best())
+    assert geometric_mean(ratios) < (1.13 if gradient_noise else 1.04)
+    assert max(ratios) < 1.5
 
 
 @pytest.mark.parametrize("kind", ["spikes", "power"])
-@pytest.mark.parametrize("samples", [400, 800, 3200])
-def test_a_step_with_few_samples(kind, samples):
-    """T3: within 8 % of the best, where the additive rule, told the exact noise, loses more."""
+def test_a_step_with_few_samples(kind):
+    """T3: within 9 % of the best loss, where the additive rule, told the exact noise, is 15 % further away."""
     ratios, additive = [], []
-    for seed in range(3):
-        step = Step(covariance(kind, samples, N, seed), 0.0, seed)
-        noisy = step.noisy
-        found = ggn_joint_damping(samples, noisy.spectrum, step.measure)
-        ratios.append(step.loss(found.damping, found.step) / step.best())
-        matrix = (noisy.vectors * noisy.levels) @ noisy.vectors.T - np.diag(noisy.truth)
-        wrong = joint_damping((np.sum(matrix**2) / N) ** 0.5, noisy.spectrum, step.measure)
-        additive.append(step.loss(wrong.damping, wrong.step) / step.best())
-    assert np.median(ratios) < 1.08
-    assert np.median(additive) > np.median(ratios) + 0.05
+    for samples in (400, 800, 3200):
+        for seed in range(3):
+            step = Step(covariance(kind, samples, N, seed), 0.0, seed)
+            noisy = step.noisy
+            found = ggn_joint_damping(samples, noisy.spectrum, step.measure)
+            ratios.append(step.loss(found.damping, found.step) / step.best())
+            # |S - C|^2 = |S|^2 - 2 tr S C + |C|^2
+            cross = noisy.levels @ (noisy.vectors.T**2 @ noisy.truth)
+            noise = ((noisy.levels**2).sum() - 2 * cross + (noisy.truth**2).sum()) / N
+            wrong = joint_damping(noise**0.5, noisy.spectrum, step.measure)
+            additive.append(step.loss(wrong.damping, wrong.step) / step.best())
+    assert geometric_mean(ratios) < 1.09
+    assert max(ratios) < 1.3
+    assert geometric_mean(additive) > geometric_mean(ratios) + 0.15
 
 
 def test_lanczos_runs_are_enough():
