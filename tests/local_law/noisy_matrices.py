@@ -25,6 +25,16 @@ def goe_matrix(n, rng):
     return (g + g.T) / (2 * n) ** 0.5
 
 
+def one_spike(theta, n, rng):
+    """Diagonal and off-diagonal of a matrix with the law of GOE(1) plus theta in its first direction.
+
+    Householder's reduction starts with that direction and leaves it alone, so the tridiagonal model has the same law.
+    """
+    diagonal = rng.normal(0, 2**0.5, n) / n**0.5
+    diagonal[0] += theta
+    return diagonal, np.sqrt(rng.chisquare(np.arange(n - 1, 0, -1)) / n)
+
+
 class Noisy:
     """One noisy matrix of known truth: its eigenvectors, and its spectrum as it is measured."""
 
