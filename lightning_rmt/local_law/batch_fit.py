@@ -1,7 +1,7 @@
 """How outliers grow as batches shrink: the outlier map of batch Hessians, fitted.
 
 For ``H_b = A + s(b) X`` the subordination function places the outlier of an eigenvalue theta of A at
-(Baskerville, Keating, Mezzadri, Najnudel and Granziol 2022, arXiv:2205.08601, to third order in 1/theta)
+(Baskerville, Keating, Mezzadri, Najnudel and Granziol 2022, arXiv:2205.08601; here to second order in 1/theta)
 
     lambda(b) = theta + x_b alpha (1/theta + beta / theta^2),    x_b = s(b)^2 = 1/b - 1/N,                        (1)
 

@@ -12,7 +12,7 @@ from lightning_rmt.local_law.arguments import not_negative
 
 @dataclass(frozen=True)
 class DampingLearner:
-    """Damping from the variance of the batches' curvature (Granziol, Wan and Roberts 2020, the authors' training scripts).
+    """Damping from the variance of the batches' curvature (Granziol et al. 2020, as in the authors' training scripts).
 
     Every update measures ``v = mean_b |H_b z|^2 - |mean_b H_b z|^2`` along one random unit vector z. The first one sets
     ``damping = minimum + v``, later ones ``damping = .7 damping + .3 (minimum + v)``; the learning rate is multiplied by

@@ -1,7 +1,7 @@
 """Damping as linear shrinkage: the plain rules that the local law is compared with.
 
-Damping a matrix is shrinking it towards a multiple of the identity, with another learning rate (Granziol, Wan and Roberts
-2020, arXiv:2011.08181):
+Damping a matrix is shrinking it towards a multiple of the identity, with another learning rate (Granziol et al. 2020,
+arXiv:2011.08181):
 
     a H + (1 - a) t I  =  a (H + d),    d = t (1 - a) / a.
 
