@@ -71,6 +71,14 @@ def test_scale():
     )
 
 
+def test_every_outlier_takes_a_direction():
+    levels = true_curvature("spikes", 300)
+    spectrum = spectrum_of(levels, 80, 8)
+    assert spectrum.outliers.high.count >= 5
+    known = 1 - np.sum(levels / (levels + 1)) / 100
+    assert ggn_effective_damping(1.0, 100, spectrum) == pytest.approx(1 / known, rel=0.02)
+
+
 def test_many_samples_are_no_noise():
     spectrum = spectrum_of(true_curvature("spikes", 300), 60)
     assert ggn_effective_damping(0.2, 1e12, spectrum) == pytest.approx(0.2)

@@ -187,6 +187,9 @@ def test_negative_curvature_along_the_gradient_is_refused():
     spectrum = spectrum_of(np.linspace(-1, 1, 100), 30)
     with pytest.raises(NoDampingError, match="follows negative curvature"):
         joint_damping(0.0, spectrum, VectorMeasure([-1.0, 1.0], [1.0, 0.5]))
+    # far away the curvature is positive, but nearly cancels: a step of any length
+    with pytest.raises(NoDampingError, match="follows negative curvature"):
+        joint_damping(0.0, spectrum, VectorMeasure([-1.0, 1.0], [0.95, 1.0]))
     with pytest.raises(NoDampingError, match="zero everywhere"):
         joint_damping(0.1, spectrum, VectorMeasure([0.0], [1.0]))
 
