@@ -146,6 +146,7 @@ def lanczos_lockstep(
     stop: StopRule | None = None,
     look_every: int = 1,
     on_step: Callable[[int], None] | None = None,
+    on_end: Callable[[tuple[Tensor, ...]], None] | None = None,
 ) -> tuple[Tridiagonal, ...]:
     """Runs Lanczos from k start vectors side by side, so that each step is one ``matmat`` (Golub and Van Loan, 10.1).
 
@@ -176,6 +177,7 @@ def lanczos_lockstep(
         stop: whether to end the run.
         look_every: steps from one look of ``stop`` to the next; on a GPU it sees the coefficients of the look before.
         on_step: called on the host with the number of steps queued so far.
+        on_end: called with what each run keeps of its basis, shape (steps taken, n); zero past an invariant subspace.
 
     Returns:
         One tridiagonal matrix per start.
@@ -209,6 +211,8 @@ def lanczos_lockstep(
             seen = coefficients.look(taken)
             if seen.shape[2] and (not np.isfinite(seen).all() or stop(_tridiagonals(seen, bases))):
                 break
+    if on_end is not None:
+        on_end(tuple(run.basis[:taken] for run in runs))
     return _tridiagonals(coefficients.all()[:, :, :taken], bases)
 
 
@@ -238,7 +242,7 @@ class _Run:
         rows = 0 if basis == "none" else steps
         where = torch.device("cpu") if basis == "host" else start.device
         pinned = basis == "host" and start.is_cuda  # or copies would wait
-        self._basis = torch.empty(rows, start.numel(), dtype=dtype, device=where, pin_memory=pinned)
+        self.basis = torch.empty(rows, start.numel(), dtype=dtype, device=where, pin_memory=pinned)
         self._passes, self._shards = passes, shards
         self._beta = start.new_zeros((), dtype=torch.float64)
         self._largest = self._beta
@@ -257,9 +261,9 @@ class _Run:
         alpha = total(inner_products(q[None], w))[0]
         w.addcmul_(q, alpha.to(w.dtype), value=-1).addcmul_(self._previous, self._beta.to(w.dtype), value=-1)
         removed = torch.zeros_like(alpha)
-        if self._basis.shape[0]:
-            self._basis[step].copy_(q, non_blocking=True)
-            rows = self._basis[: step + 1]
+        if self.basis.shape[0]:
+            self.basis[step].copy_(q, non_blocking=True)
+            rows = self.basis[: step + 1]
             for _ in range(self._passes):
                 left = total(inner_products(rows, w))
                 subtract_combination(w, rows, left)

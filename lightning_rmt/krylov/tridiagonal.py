@@ -67,6 +67,11 @@ class Tridiagonal:
         """Ritz values, ascending, shape (m,)."""
         return self._eigh[0]
 
+    @property
+    def vectors(self) -> NDArray[np.float64]:
+        """Eigenvectors of T in its columns, shape (m, m), one for each node."""
+        return self._eigh[1]
+
     @cached_property
     def weights(self) -> NDArray[np.float64]:
         """Quadrature weights, shape (m,), summing to 1."""
