@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise
 from lightning_rmt.optim.checkpoint import SPECTRAL, refuse_another_model, restore, save
 from lightning_rmt.optim.deflation import Deflation, find_deflation
 from lightning_rmt.optim.metric import Metric, block_of, flat_roots, in_metric, inverse_roots, metric_of
+from lightning_rmt.optim.owner import BaseOwner, requires_closure
 from lightning_rmt.optim.progress import Progress
 from lightning_rmt.optim.snapshot import Snapshot
 from lightning_rmt.optim.subspace import Subspace, subspace_of
@@ -25,7 +25,7 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
-class SpectralPreconditioner(Optimizer):
+class SpectralPreconditioner(BaseOwner):
     """Experimental. Shrinks a base optimizer's steps along the outliers of the curvature, so that the bulk sets the pace.
 
     The base takes its own step, with its own state, from raw gradients; what it changed in the weights is then multiplied by
@@ -81,6 +81,8 @@ class SpectralPreconditioner(Optimizer):
         True
     """
 
+    pickled = ("base", "metric", "_rank", "_most", "_damping", "_decoupled", "_save_basis", "_seed", "_progress")
+
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -94,20 +96,16 @@ class SpectralPreconditioner(Optimizer):
         save_basis: bool = True,
         seed: int = 0,
     ) -> None:
-        if not isinstance(base_optimizer, Optimizer):
-            raise TypeError(f"the base must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
+        super().__init__(base_optimizer)
         if rank != "auto" and (not isinstance(rank, int) or rank < 0):
             raise ValueError(f"rank must be 'auto' or a number of directions of at least 0, got {rank!r}")
         if max_rank < 1 or refresh < 1:
             raise ValueError(f"max_rank and refresh must be at least 1, got {max_rank} and {refresh}")
-        if rank != 0 and _requires_closure(base_optimizer):
+        if rank != 0 and requires_closure(base_optimizer):
             raise TypeError(
                 f"{type(base_optimizer).__name__} requires a closure: it calls it several times and builds on the "
                 "steps that it believes to have taken, which this would change. Use it alone, or another base"
             )
-        # torch's constructor would add the groups a second time: it gets an empty one, and the base's are shared below
-        super().__init__([{"params": []}], {})
-        self.base, self.defaults = base_optimizer, base_optimizer.defaults
         self.metric = metric_of(base_optimizer, metric)
         self._rank, self._most = rank, max_rank if rank == "auto" else rank
         self._damping = damping
@@ -115,16 +113,6 @@ class SpectralPreconditioner(Optimizer):
         self._save_basis, self._seed = save_basis, seed
         # in an object of its own: Lightning hands out a wrapper of optimizers, whose attributes aren't theirs
         self._progress = Progress(refresh)
-        self._share()
-
-    def _share(self) -> None:
-        """Shares the base's groups and state, and does so again when it replaces them (in ``load_state_dict``)."""
-
-        def share(base: Optimizer) -> None:
-            self.param_groups, self.state = base.param_groups, base.state
-
-        share(self.base)
-        self.base.register_load_state_dict_post_hook(share)
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
@@ -309,13 +297,6 @@ class SpectralPreconditioner(Optimizer):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base. Its parameters take the base's steps until the next refresh."""
-        if "base" in self.__dict__:
-            self.base.add_param_group(param_group)
-        else:
-            super().add_param_group(param_group)
-
     def state_dict(self) -> dict[str, Any]:
         """The base's, which it can load as well, with what is known of the curvature under ``"spectral"``."""
         spectral = save(self._progress, self.metric, self._parameters(), self._save_basis)
@@ -333,18 +314,5 @@ class SpectralPreconditioner(Optimizer):
         self.base.load_state_dict({name: value for name, value in state_dict.items() if name != SPECTRAL})
         restore(self._progress, saved, self.metric, self._parameters())
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "metric", "_rank", "_most", "_damping", "_decoupled", "_save_basis", "_seed", "_progress")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._share()
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(metric={self.metric!r}, active={self.active}, base={self.base!r})"
-
-
-def _requires_closure(base: Optimizer) -> bool:
-    closure = inspect.signature(type(base).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty

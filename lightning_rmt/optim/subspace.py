@@ -44,6 +44,8 @@ class Subspace:
         if roots is not None:
             step.div_(roots.masked_fill(roots == 0, 1.0))
         coefficients = torch.from_numpy(1 - factors).to(self.vectors.device) * inner_products(self.vectors, step)
+        # a gradient that isn't finite spoils the base's step of its own parameter, and shall not spoil all others
+        coefficients = torch.where(coefficients.isfinite(), coefficients, 0.0)
         correction = torch.zeros_like(step)
         subtract_combination(correction, self.vectors, coefficients)
         return correction if roots is None else correction.mul_(roots)
