@@ -75,6 +75,7 @@ def find_deflation(
     noise: float = 0.0,
     most: int = 10,
     rank: int | Literal["auto"] = "auto",
+    gap: float = SMALLEST_GAP,
 ) -> Deflation:
     """Chooses the levels: those beyond the noise edge and apart from the bulk, down to one with a gap below it.
 
@@ -84,8 +85,9 @@ def find_deflation(
         spectrum: of the same matrix.
         noise: scale s of the noise in that matrix.
         most: the largest rank.
-        rank: ``"auto"`` takes as many as there are above the last gap of at least a factor of 2; a number takes that many,
-            or all that are apart where those are fewer, and none where the last isn't twice the next.
+        rank: ``"auto"`` takes as many as there are above the last gap; a number takes that many, or all that are apart where
+            those are fewer, and none where there is no gap below the last.
+        gap: factor from a level to the next one that makes a gap.
 
     Raises:
         TypeError: the spectrum is none.
@@ -109,13 +111,13 @@ def find_deflation(
     # the spectrum may have seen a level that the pairs miss, and the other way round
     edges = np.array([max(left[k], beyond[k], floor) for k in range(1, told + 1)])
     gaps = np.abs(found[:told]) / edges
-    wide = np.flatnonzero(gaps >= SMALLEST_GAP)
+    wide = np.flatnonzero(gaps >= gap)
     if rank != "auto":
         wide = wide[wide == told - 1]
     if not wide.size:
         return Deflation.nothing(
             f"no gap: of {told} levels that stand apart the last is {gaps[-1]:.2g} times the next one, and shrinking "
-            f"them wins nothing below {SMALLEST_GAP:g}"
+            f"them wins nothing below {gap:g}"
         )
     k = int(wide[-1]) + 1
     return Deflation(

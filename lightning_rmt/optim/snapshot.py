@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rmt.curvature.parameters import ParameterBlock
-from lightning_rmt.optim.metric import group_of
+from lightning_rmt.optim.metric import flat_roots, group_of, inverse_roots
+from lightning_rmt.optim.subspace import Subspace
 
 # Since torch 2.7 AdamW is an Adam whose groups say so.
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
@@ -69,6 +72,38 @@ class Snapshot:
             if not is_moved:
                 part.zero_()
         return step
+
+
+@torch.no_grad()
+def shrink_step(
+    snapshot: Snapshot,
+    subspace: Subspace,
+    factors: NDArray[np.float64],
+    base: Optimizer,
+    metric: Literal["adam", "identity"],
+    decoupled: bool | None,
+) -> None:
+    """Takes back what a step did too much along a subspace.
+
+    Args:
+        snapshot: of the subspace's parameters before the step.
+        subspace: where steps are shrunk.
+        factors: by how much, shape (k,).
+        base: who took the step, with the state that it left.
+        metric: of the subspace's vectors.
+        decoupled: as for `Snapshot.step`.
+    """
+    block = subspace.block
+    roots = inverse_roots(base, block, metric)
+    # without a gradient the base left a parameter alone, and it stays so: P is cut to the others on both sides
+    moved = [p.grad is not None for p in block.tensors]
+    if roots is not None:
+        moved = [is_moved and root is not None for is_moved, root in zip(moved, roots, strict=True)]
+    step = snapshot.step(base, moved, decoupled)
+    correction = subspace.shrink(step, None if roots is None else flat_roots(block, roots), factors)
+    for p, is_moved, part in zip(block.tensors, moved, correction.split(block.sizes), strict=True):
+        if is_moved:
+            p.add_(part.view(p.shape).to(p))
 
 
 def _decay(base: Optimizer, group: dict[str, Any], decoupled: bool | None) -> float:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,12 +12,12 @@ from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
 from lightning_rmt.krylov.eigenpairs import EigenPairs, top_eigenpairs
 from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise
 from lightning_rmt.optim.checkpoint import SPECTRAL, refuse_another_model, restore, save
-from lightning_rmt.optim.deflation import Deflation, find_deflation
-from lightning_rmt.optim.metric import Metric, block_of, flat_roots, in_metric, inverse_roots, metric_of
+from lightning_rmt.optim.deflation import SMALLEST_GAP, Deflation, find_deflation
+from lightning_rmt.optim.metric import Metric, block_of, in_metric, metric_of
 from lightning_rmt.optim.owner import BaseOwner, requires_closure
 from lightning_rmt.optim.progress import Progress
-from lightning_rmt.optim.snapshot import Snapshot
-from lightning_rmt.optim.subspace import Subspace, subspace_of
+from lightning_rmt.optim.snapshot import Snapshot, shrink_step
+from lightning_rmt.optim.subspace import subspace_of
 from lightning_rmt.reading import Reading
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -46,6 +43,7 @@ class SpectralPreconditioner(BaseOwner):
             them. One whose ``step`` requires a closure (LBFGS) builds on the steps it thinks it took, and is refused.
         rank: ``"auto"``: as many directions as stand above the noise and a gap; a number: that many at most, 0 for none.
         max_rank: the most that ``"auto"`` may take.
+        gap: factor by which the last shrunk level has to exceed the next one; 1 takes all that stand apart.
         refresh: steps after which the basis is `due` to be measured again. Halved while it turns out to be out of date.
         metric: ``"adam"``: D is ``sqrt(vhat) + eps``; ``"identity"``; ``"auto"``: Adam's where the base is one. Groups with
             different learning rates enter D in either.
@@ -81,7 +79,7 @@ class SpectralPreconditioner(BaseOwner):
         True
     """
 
-    pickled = ("base", "metric", "_rank", "_most", "_damping", "_decoupled", "_save_basis", "_seed", "_progress")
+    pickled = ("base", "metric", "_rank", "_most", "_gap", "_damping", "_decoupled", "_save_basis", "_seed", "_progress")
 
     def __init__(
         self,
@@ -89,6 +87,7 @@ class SpectralPreconditioner(BaseOwner):
         *,
         rank: int | Literal["auto"] = "auto",
         max_rank: int = 10,
+        gap: float = SMALLEST_GAP,
         refresh: int = 200,
         metric: Metric = "auto",
         damping: float | Callable[[int], float] = 0.0,
@@ -99,8 +98,8 @@ class SpectralPreconditioner(BaseOwner):
         super().__init__(base_optimizer)
         if rank != "auto" and (not isinstance(rank, int) or rank < 0):
             raise ValueError(f"rank must be 'auto' or a number of directions of at least 0, got {rank!r}")
-        if max_rank < 1 or refresh < 1:
-            raise ValueError(f"max_rank and refresh must be at least 1, got {max_rank} and {refresh}")
+        if not (max_rank >= 1 and refresh >= 1 and gap >= 1):
+            raise ValueError(f"max_rank, refresh and gap must be at least 1, got {max_rank}, {refresh} and {gap}")
         if rank != 0 and requires_closure(base_optimizer):
             raise TypeError(
                 f"{type(base_optimizer).__name__} requires a closure: it calls it several times and builds on the "
@@ -108,6 +107,7 @@ class SpectralPreconditioner(BaseOwner):
             )
         self.metric = metric_of(base_optimizer, metric)
         self._rank, self._most = rank, max_rank if rank == "auto" else rank
+        self._gap = gap
         self._damping = damping
         self._decoupled = decoupled_weight_decay
         self._save_basis, self._seed = save_basis, seed
@@ -141,23 +141,9 @@ class SpectralPreconditioner(BaseOwner):
             else:
                 loss = self.base.step(snapshot.after(closure))
             if snapshot.before is not None:  # else it never asked for gradients
-                self._shrink(subspace, snapshot, factors)
+                shrink_step(snapshot, subspace, factors, self.base, self.metric, self._decoupled)
         progress.steps += 1
         return loss
-
-    @torch.no_grad()
-    def _shrink(self, subspace: Subspace, snapshot: Snapshot, factors: NDArray[np.float64]) -> None:
-        block = subspace.block
-        roots = inverse_roots(self.base, block, self.metric)
-        # without a gradient the base left a parameter alone, and it stays so: P is cut to the others on both sides
-        moved = [p.grad is not None for p in block.tensors]
-        if roots is not None:
-            moved = [is_moved and root is not None for is_moved, root in zip(moved, roots, strict=True)]
-        step = snapshot.step(self.base, moved, self._decoupled)
-        correction = subspace.shrink(step, None if roots is None else flat_roots(block, roots), factors)
-        for p, is_moved, part in zip(block.tensors, moved, correction.split(block.sizes), strict=True):
-            if is_moved:
-                p.add_(part.view(p.shape).to(p))
 
     # --- what it shrinks ------------------------------------------------------------------------------------------
 
@@ -281,7 +267,7 @@ class SpectralPreconditioner(BaseOwner):
         if isinstance(reading, Reading) and reading.light:
             raise ValueError("this is a light reading, whose bulk isn't measured: pass a full one")
         deflation = find_deflation(
-            pairs.values, pairs.residuals, spectrum, noise=noise, most=self._most, rank=self._rank
+            pairs.values, pairs.residuals, spectrum, noise=noise, most=self._most, rank=self._rank, gap=self._gap
         )
         block = self._block(None, parameters)
         self._progress.take(subspace_of(self._parameters(), block, pairs.vectors, deflation))
