@@ -109,7 +109,7 @@ def block_of(operator: SymmetricOperator | None) -> ParameterBlock | None:
 def in_metric(
     base: Optimizer, metric: Literal["adam", "identity"], operator: SymmetricOperator, block: ParameterBlock
 ) -> SymmetricOperator:
-    """The operator ``D^(-1/2) H D^(-1/2)``; itself where D is 1.
+    """The operator ``D^(-1/2) H D^(-1/2)``, zero for what the optimizer doesn't move; itself where D is 1.
 
     Raises:
         ValueError: the operator isn't of the block's size, or its vectors are spread over processes.

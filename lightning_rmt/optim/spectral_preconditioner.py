@@ -79,7 +79,18 @@ class SpectralPreconditioner(BaseOwner):
         True
     """
 
-    pickled = ("base", "metric", "_rank", "_most", "_gap", "_damping", "_decoupled", "_save_basis", "_seed", "_progress")
+    pickled = (
+        "base",
+        "metric",
+        "_rank",
+        "_most",
+        "_gap",
+        "_damping",
+        "_decoupled",
+        "_save_basis",
+        "_seed",
+        "_progress",
+    )
 
     def __init__(
         self,
@@ -231,7 +242,9 @@ class SpectralPreconditioner(BaseOwner):
         pairs = top_eigenpairs(inside, self._most, steps=steps, seed=seed)
         assert pairs.run is not None
         spectrum = Spectrum((pairs.run,), inside.size, pairs.run.steps, product_noise(inside))
-        return self.update(spectrum, pairs, noise=noise, parameters=self._block(operator, parameters).tensors)
+        block = self._block(operator, parameters)
+        named = list(zip(block.names, block.tensors, strict=True))
+        return self.update(spectrum, pairs, noise=noise, parameters=named)
 
     def update(
         self,
