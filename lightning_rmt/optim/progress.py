@@ -11,6 +11,8 @@ from lightning_rmt.optim.subspace import Subspace, subspace_from_state, subspace
 
 #: Mean squared cosine between one basis and the next, below which the directions turn faster than they are measured.
 STALE = 0.5
+#: The interval between refreshes is halved so many times at most: beyond that they cost more than anything could win.
+HALVINGS = 3
 
 
 class Progress:
@@ -70,7 +72,8 @@ class Progress:
         self.subspace = subspace
         self.refreshed_at = self.steps
         self.refreshes += 1
-        self.every = max(1, self.every // 2) if self.stale else min(self._refresh, 2 * self.every)
+        shortest = max(1, self._refresh >> HALVINGS)
+        self.every = max(shortest, self.every // 2) if self.stale else min(self._refresh, 2 * self.every)
 
     def to_state(self, optimized: Sequence[Tensor], save_basis: bool) -> dict[str, Any]:
         """Plain types and at most one tensor, for a checkpoint."""

@@ -44,7 +44,8 @@ class SpectralPreconditioner(BaseOwner):
         rank: ``"auto"``: as many directions as stand above the noise and a gap; a number: that many at most, 0 for none.
         max_rank: the most that ``"auto"`` may take.
         gap: factor by which the last shrunk level has to exceed the next one; 1 takes all that stand apart.
-        refresh: steps after which the basis is `due` to be measured again. Halved while it turns out to be out of date.
+        refresh: steps after which the basis is `due` to be measured again. Halved while it turns out to be out of date, up
+            to three times.
         metric: ``"adam"``: D is ``sqrt(vhat) + eps``; ``"identity"``; ``"auto"``: Adam's where the base is one. Groups with
             different learning rates enter D in either.
         damping: added to curvatures before they are compared, in the units of the operator in the metric: a number, or

@@ -225,20 +225,20 @@ def test_directions_that_turned_away_are_left_alone_until_the_next_refresh():
 
 
 def test_the_interval_is_halved_and_doubled_within_its_bounds():
-    progress = Progress(5)
+    progress = Progress(20)
     matrix = spiked(200)[0]
     parameters, _ = quadratic(matrix, (200,))
-    optimizer = SpectralPreconditioner(torch.optim.SGD(parameters, lr=1e-3), refresh=5)
+    optimizer = SpectralPreconditioner(torch.optim.SGD(parameters, lr=1e-3), refresh=20)
     optimizer._progress = progress
     intervals = []
     for seed in range(5):
         optimizer.refresh(Matrix(turned(matrix, seed)))
         intervals.append(progress.every)
-    assert intervals == [5, 2, 1, 1, 1]
+    assert intervals == [20, 10, 5, 2, 2]
     for _ in range(4):
         optimizer.refresh(Matrix(turned(matrix, 4)))
         intervals.append(progress.every)
-    assert intervals[5:] == [2, 4, 5, 5]
+    assert intervals[5:] == [4, 8, 16, 20]
 
 
 def test_adam_has_no_metric_before_its_first_step():
