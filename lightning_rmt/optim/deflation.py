@@ -17,9 +17,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_rmt.krylov.eigenpairs import EigenPairs
 from lightning_rmt.local_law.arguments import not_negative, spectrum_argument
 from lightning_rmt.local_law.cleaning import clean
 from lightning_rmt.local_law.damping import noise_edge
+from lightning_rmt.reading import Reading
 from lightning_rmt.spectra.levels import noise_floor
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -123,6 +125,23 @@ def find_deflation(
     return Deflation(
         found[:k], cleaned.curvature[:k], float(edges[k - 1]), f"level {k} is {gaps[k - 1]:.3g} times the next"
     )
+
+
+def spectrum_with(pairs: EigenPairs | None, reading: Reading | Spectrum) -> Spectrum:
+    """The spectrum that the pairs come with.
+
+    Raises:
+        TypeError: there are no pairs.
+        ValueError: the reading is a light one.
+    """
+    if not isinstance(pairs, EigenPairs):
+        raise TypeError(
+            f"update needs eigenpairs beside the spectrum, which has no eigenvectors, got {type(pairs).__name__}: pass "
+            "top_eigenpairs(optimizer.in_metric(operator), count), or call refresh(operator), which measures both"
+        )
+    if isinstance(reading, Reading) and reading.light:
+        raise ValueError("this is a light reading, whose bulk isn't measured: pass a full one")
+    return reading.spectrum if isinstance(reading, Reading) else reading
 
 
 def _nodes(spectrum: Spectrum) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
 from lightning_rmt.krylov.eigenpairs import EigenPairs, top_eigenpairs
 from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise
 from lightning_rmt.optim.checkpoint import SPECTRAL, refuse_another_model, restore, save
-from lightning_rmt.optim.deflation import SMALLEST_GAP, Deflation, find_deflation
+from lightning_rmt.optim.deflation import SMALLEST_GAP, Deflation, find_deflation, spectrum_with
 from lightning_rmt.optim.metric import Metric, block_of, in_metric, metric_of
 from lightning_rmt.optim.owner import BaseOwner, requires_closure
 from lightning_rmt.optim.progress import Progress
@@ -31,12 +31,10 @@ class SpectralPreconditioner(BaseOwner):
     eigenvectors are out of date, or the rank is 0, the base's step is what is taken, bit for bit. Momentum is the base's and
     lives in raw coordinates, so a change of the basis can't corrupt it. Decoupled weight decay isn't shrunk.
 
-    Where a spectrum has a gap, the learning rate can be as large as the bulk allows. It needs tuning as the base's does:
-    nothing here changes it. Measured against its base at equal cost it wins on ill-conditioned problems with few outliers,
-    and loses where the spectrum is a power law or a refresh costs much more than a step.
+    Where a spectrum has a gap, the learning rate can be as large as the bulk allows, and nothing here changes it. It wins on
+    ill-conditioned problems with few outliers, and lost on small networks (docs/preconditioner.md has the numbers).
 
-    Memory: k n elements for the basis, 3 n during a step, and ``steps * n`` during a refresh. A step takes ``4 k n``
-    operations more than the base's.
+    Memory: k n elements, 3 n more in a step and ``steps * n`` in a refresh. A step takes ``4 k n`` operations on top.
 
     Args:
         base_optimizer: takes the steps. Its ``param_groups`` and ``state`` are this one's: schedulers and checkpoints see
@@ -132,13 +130,10 @@ class SpectralPreconditioner(BaseOwner):
         """One step of the base, shrunk along the outliers.
 
         Args:
-            closure: as for the base, which evaluates it.
-
-        Returns:
-            What the base returns.
+            closure: for the base, which evaluates it and whose result is returned.
 
         Raises:
-            ValueError: the damping that was called for is negative or not finite.
+            ValueError: the damping is negative or not finite.
         """
         progress = self._progress
         subspace = progress.active
@@ -204,8 +199,7 @@ class SpectralPreconditioner(BaseOwner):
 
         Args:
             operator: of the curvature, whole in this process.
-            parameters: that its vectors run over, in its order; None: as the operator says (``operator.block``), else this
-                optimizer's own.
+            parameters: that its vectors run over, in its order; None: as ``operator.block`` says, else this optimizer's.
 
         Raises:
             ValueError: the sizes don't fit, or the operator's vectors are spread over processes.
@@ -233,17 +227,16 @@ class SpectralPreconditioner(BaseOwner):
             What will be shrunk.
 
         Raises:
-            ValueError: as `in_metric`, `top_eigenpairs` and `update`.
-            RuntimeError: as `in_metric`.
+            ValueError: as `in_metric`, `top_eigenpairs` and `update`; RuntimeError: as `in_metric`.
         """
         if self._most == 0:
             return Deflation.nothing("the rank is 0")
-        inside = self.in_metric(operator, parameters)
+        block = self._block(operator, parameters)
+        inside = in_metric(self.base, self.metric, operator, block)
         seed = self._seed + self._progress.refreshes
         pairs = top_eigenpairs(inside, self._most, steps=steps, seed=seed)
         assert pairs.run is not None
         spectrum = Spectrum((pairs.run,), inside.size, pairs.run.steps, product_noise(inside))
-        block = self._block(operator, parameters)
         named = list(zip(block.names, block.tensors, strict=True))
         return self.update(spectrum, pairs, noise=noise, parameters=named)
 
@@ -272,19 +265,12 @@ class SpectralPreconditioner(BaseOwner):
         """
         if self._most == 0:
             return Deflation.nothing("the rank is 0")
-        if not isinstance(pairs, EigenPairs):
-            raise TypeError(
-                f"update needs eigenpairs beside the spectrum, which has no eigenvectors, got {type(pairs).__name__}: pass "
-                "top_eigenpairs(optimizer.in_metric(operator), count), or call refresh(operator), which measures both"
-            )
-        spectrum = reading.spectrum if isinstance(reading, Reading) else reading
-        if isinstance(reading, Reading) and reading.light:
-            raise ValueError("this is a light reading, whose bulk isn't measured: pass a full one")
+        spectrum = spectrum_with(pairs, reading)
+        assert pairs is not None
         deflation = find_deflation(
             pairs.values, pairs.residuals, spectrum, noise=noise, most=self._most, rank=self._rank, gap=self._gap
         )
-        block = self._block(None, parameters)
-        self._progress.take(subspace_of(self._parameters(), block, pairs.vectors, deflation))
+        self._progress.take(subspace_of(self._parameters(), self._block(None, parameters), pairs.vectors, deflation))
         return deflation
 
     def _parameters(self) -> list[Tensor]:
@@ -306,7 +292,7 @@ class SpectralPreconditioner(BaseOwner):
         """Takes over a checkpoint of this optimizer, or of its base alone: then nothing is shrunk until a refresh.
 
         Raises:
-            ValueError: it is of a model with other parameters; nothing has been changed then.
+            ValueError: it is of a model with other parameters; nothing was changed.
         """
         saved = state_dict.get(SPECTRAL)
         if saved is not None:

@@ -36,6 +36,8 @@ def test_factors_are_above_0_and_at_most_1():
     found = Deflation(np.array([5.0, -2.0, 1e-300]), np.array([5.0, -2.0, 1e-300]), 3.0, "")
     np.testing.assert_allclose(found.factors(), [0.6, 1, 1])
     np.testing.assert_allclose(found.factors(1e300), 1)
+    # by the curvature, not by what the noisy matrix shows
+    np.testing.assert_allclose(Deflation(np.array([5.0]), np.array([4.0]), 1.0, "").factors(1.0), [0.4])
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="damping must be finite and at least 0"):
             found.factors(wrong)
@@ -65,6 +67,7 @@ def test_rank_is_taken_at_its_word():
     assert deflation_of(levels, rank=1, gap=1.5).rank == 1
     assert deflation_of(levels, rank=2, gap=1.9).rank == 2
     assert deflation_of(levels, rank=2, gap=1.9).edge == pytest.approx(30)
+    assert deflation_of((100.0, 40.0, 30.0), rank=2).rank == 0  # there is a gap, but not below the second
     assert deflation_of((100.0, 60.0, 30.0, 20.0), most=3, gap=1.0).rank == 3
 
 

@@ -37,7 +37,10 @@ def best(matrix, steps, **settings):
 
 
 def test_an_ill_conditioned_quadratic_converges_at_the_bulks_pace():
-    """Condition 1000, of which outliers make 100. Measured after 60 steps: 25 and 2e-10; 120 with momentum: 1.4e-2 and 3e-4."""
+    """Condition 1000, of which outliers make 100. Loss at the best rate of the same grid, without and with:
+
+    60 steps 25 and 1.9e-10; 120 with momentum 9.0e-4 and 9.4e-5; 60 with noise in the gradient 25 and 2.1e-4.
+    """
     matrix = spiked(200)[0]
     assert best(matrix, 60) < 1e-6 * best(matrix, 60, spectral=False)
     assert best(matrix, 120, momentum=0.9) < 0.2 * best(matrix, 120, momentum=0.9, spectral=False)
@@ -64,7 +67,7 @@ def test_without_a_gap_it_is_its_base():
 def test_on_digits_it_is_no_better_than_its_base():
     """Digits, an MLP with 4810 parameters, batches of 128; the mean loss over all 1797 at the end, median of 3 seeds.
 
-    See the table in the class's documentation; here one rate, so that its numbers stay those of the code.
+    docs/preconditioner.md has the whole table; here one rate.
     """
     data = load_digits()
     inputs, targets = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)

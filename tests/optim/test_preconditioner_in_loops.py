@@ -177,7 +177,8 @@ def test_a_group_added_later_takes_the_bases_steps():
     optimizer = preconditioned(BASES["sgd"](model[0].parameters()))
     optimizer.refresh(Hessian(loss_of(model), model[0].parameters(), [batch(0)]))
     optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.01})
-    assert len(optimizer.base.param_groups) == 2 == len(optimizer.param_groups)
+    assert len(optimizer.base.param_groups) == 2
+    assert optimizer.param_groups is optimizer.base.param_groups
     before = model[2].weight.clone()
     train(model, optimizer, 1)
     torch.testing.assert_close(model[2].weight, before - 0.01 * model[2].weight.grad)
@@ -311,6 +312,31 @@ def test_what_doesnt_fit_is_explained():
     with pytest.raises(ValueError, match="spread over processes; build it with sharded=False"):
         optimizer.refresh(Spread(matrix))
     assert optimizer.deflation is None  # nothing of it was taken over
+
+
+def test_vectors_are_made_orthonormal():
+    """U'U = I to 1e-5 where Lanczos in low precision, or another metric by now, left them off by more."""
+    matrix = spiked(200)[0]
+    parameters, _ = quadratic(matrix, (200,))
+    optimizer = SpectralPreconditioner(torch.optim.SGD(parameters, lr=1e-3))
+    spectrum, pairs = measured(matrix, optimizer)
+    bent = pairs.vectors * 1.001 + 1e-4 * torch.randn(200, generator=torch.Generator().manual_seed(0)).double()
+    assert (bent @ bent.T - torch.eye(len(bent))).abs().max() > 1e-3
+    optimizer.update(spectrum, EigenPairs(pairs.values, bent, pairs.residuals))
+    U = optimizer._progress.active.vectors
+    assert (U @ U.T - torch.eye(len(U))).abs().max() < 1e-12
+
+
+def test_a_callable_damping_is_asked_with_the_number_of_steps():
+    matrix = spiked(200)[0]
+    parameters, backward = quadratic(matrix, (200,))
+    asked = []
+    optimizer = SpectralPreconditioner(torch.optim.SGD(parameters, lr=1e-3), damping=lambda n: asked.append(n) or 1.0)
+    optimizer.refresh(Matrix(matrix))
+    for _ in range(3):
+        backward()
+        optimizer.step()
+    assert asked == [0, 1, 2]
 
 
 def test_a_refresh_keeps_no_graph_alive():
