@@ -224,21 +224,16 @@ class SpectralPreconditioner(BaseOwner):
             parameters: as for `in_metric`.
 
         Returns:
-            What will be shrunk.
-
-        Raises:
-            ValueError: as `in_metric`, `top_eigenpairs` and `update`; RuntimeError: as `in_metric`.
+            What will be shrunk. Errors are those of `in_metric`, `top_eigenpairs` and `update`.
         """
         if self._most == 0:
             return Deflation.nothing("the rank is 0")
         block = self._block(operator, parameters)
         inside = in_metric(self.base, self.metric, operator, block)
-        seed = self._seed + self._progress.refreshes
-        pairs = top_eigenpairs(inside, self._most, steps=steps, seed=seed)
+        pairs = top_eigenpairs(inside, self._most, steps=steps, seed=self._seed + self._progress.refreshes)
         assert pairs.run is not None
         spectrum = Spectrum((pairs.run,), inside.size, pairs.run.steps, product_noise(inside))
-        named = list(zip(block.names, block.tensors, strict=True))
-        return self.update(spectrum, pairs, noise=noise, parameters=named)
+        return self.update(spectrum, pairs, noise=noise, parameters=zip(block.names, block.tensors, strict=True))
 
     def update(
         self,
