@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 
 import torch
 
@@ -120,10 +119,3 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
-
-
-def clear_frames(error: BaseException | None) -> None:
-    """Empties the frames that an exception and its causes keep: they hold graphs and activations."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -147,7 +147,7 @@ def test_collectives_and_their_bytes_are_those_of_the_scaling_model(probes, tmp_
 
     padded = 2 * even_length(size, 2)
     product = [("all_gather", 8 * probes * padded), ("reduce_scatter", 8 * probes * padded)]
-    expected = list(agreed)
+    expected = agreed * probes  # and for the exchange of several vectors at a time
     for step in range(1, steps + 1):
         expected += product
         for probe in range(probes):
