@@ -6,6 +6,8 @@ import re
 
 import torch
 
+from lightning_rmt.krylov.collectives import OtherRankFailedError
+
 
 class CurvatureError(RuntimeError):
     """A curvature product can't be had from this loss; the message says why and what to do."""
@@ -108,7 +110,9 @@ def explain(error: BaseException) -> CurvatureError | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this, or what caused it, is memory that could not be had."""
+    """Whether this, or what caused it, is memory that could not be had in this process."""
+    if isinstance(error, OtherRankFailedError):  # it may well quote one
+        return False
     seen: BaseException | None = error
     while seen is not None:
         text = str(seen)

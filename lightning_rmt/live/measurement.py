@@ -131,12 +131,13 @@ def measure_live(
             rows = ranks.local_size(operator)
             plan = memory.plan(operator, settings.lanczos_steps, probes, local_size=rows, light=light is not None)
             memory.try_out(operator, plan, rows)  # here, where a rank may still fail alone
-            return operator, plan, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
+            return operator, plan, (*hooks, *warnings), (*_missing_batches(fewest, settings.batches), *notes)
 
         if ranks.differing([step, int(light is not None)]):
             raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
         # Several stages, since what follows each of them is a collective, which every rank must reach.
         batches, hooks = ranks.together(enter)
+        fewest = ranks.least(len(batches))
         stack.enter_context(unsharded(module))
         operator, mine, warnings, notes = ranks.together(build)
         shared = ranks.together(lambda: ranks.mean(operator, settings.rank_weights))

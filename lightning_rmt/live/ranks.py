@@ -183,7 +183,7 @@ class Ranks:
 def _first_line(error: Exception) -> str:
     kind = type(error).__name__
     try:
-        return f"{kind}: {error}".splitlines()[0]
+        return str(error) if isinstance(error, RefusedError) else f"{kind}: {error}".splitlines()[0]
     except Exception:  # of the user's own __str__; the other ranks wait
         return kind
 

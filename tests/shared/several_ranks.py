@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,45 @@ def on_ranks(ranks: int, function: Callable[..., Any], directory: Path, *argumen
     Forked, not spawned: half a second instead of ten, and the function need not be importable. A rank that raises ends
     the other one, and its traceback is raised here.
     """
+    context = _start(ranks, function, directory, arguments)
+    while not context.join(JOIN_SECONDS):
+        pass
+    return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(ranks)]
+
+
+def survivors(
+    ranks: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float
+) -> dict[int, Any]:
+    """The same, where some ranks don't live to return: what the others did, by rank. After so many seconds all are ended."""
+    context = _start(ranks, function, directory, arguments)
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end and not all(
+            _result(directory, rank).exists() or not process.is_alive()
+            for rank, process in enumerate(context.processes)
+        ):
+            time.sleep(0.05)
+        for process in context.processes:
+            process.join(1)  # those that have returned
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+    found = {rank: _result(directory, rank) for rank in range(ranks)}
+    return {rank: pickle.loads(path.read_bytes()) for rank, path in found.items() if path.exists()}
+
+
+def _start(ranks: int, function: Callable[..., Any], directory: Path, arguments: tuple[Any, ...]) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    for rank in range(ranks):
+        _result(directory, rank).unlink(missing_ok=True)
     context = mp.start_processes(
         _child, (ranks, port, directory, function, arguments), nprocs=ranks, join=False, start_method="fork"
     )
     assert context is not None
-    while not context.join(JOIN_SECONDS):
-        pass
-    return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(ranks)]
+    return context
 
 
 def _result(directory: Path, rank: int) -> Path:
@@ -59,7 +89,10 @@ def _child(
         "TORCHELASTIC_RUN_ID": "test",
     }
     try:
-        _result(directory, rank).write_bytes(pickle.dumps(function(*arguments)))
+        result = _result(directory, rank)
+        partial = result.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(function(*arguments)))
+        partial.rename(result)  # there as a whole, or not at all
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
