@@ -35,26 +35,20 @@ def on_ranks(ranks: int, function: Callable[..., Any], directory: Path, *argumen
     return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(ranks)]
 
 
-def survivors(
-    ranks: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float
-) -> dict[int, Any]:
-    """The same, where some ranks don't live to return: what the others did, by rank. After so many seconds all are ended."""
-    context = _start(ranks, function, directory, arguments)
-    end = time.monotonic() + seconds
+def on_one_survivor(
+    survivor: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float
+) -> Any:
+    """`function(*arguments)` on two ranks, of which only one lives to return; both are ended after so many seconds."""
+    context = _start(RANKS, function, directory, arguments)
+    end, result = time.monotonic() + seconds, _result(directory, survivor)
     try:
-        while time.monotonic() < end and not all(
-            _result(directory, rank).exists() or not process.is_alive()
-            for rank, process in enumerate(context.processes)
-        ):
+        while time.monotonic() < end and context.processes[survivor].is_alive() and not result.exists():
             time.sleep(0.05)
-        for process in context.processes:
-            process.join(1)  # those that have returned
     finally:
         for process in context.processes:
             process.kill()
             process.join()
-    found = {rank: _result(directory, rank) for rank in range(ranks)}
-    return {rank: pickle.loads(path.read_bytes()) for rank, path in found.items() if path.exists()}
+    return pickle.loads(result.read_bytes())
 
 
 def _start(ranks: int, function: Callable[..., Any], directory: Path, arguments: tuple[Any, ...]) -> Any:
