@@ -9,11 +9,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from lightning_rmt.krylov.collectives import OtherRankFailedError
 from lightning_rmt.krylov.lanczos import (
     Basis,
     SymmetricOperator,
     basis_bytes,
     lanczos_lockstep,
+    nowhere,
     product_noise,
     shards_of,
     start_vector,
@@ -59,16 +61,27 @@ class ProductCheck(NamedTuple):
 
 
 def check_product(operator: SymmetricOperator, seed: int = 0) -> ProductCheck:
-    """Takes three products to see whether the operator is symmetric and gives the same product twice."""
-    shards = shards_of(operator)
+    """Takes three products to see whether the operator is symmetric and gives the same product twice.
+
+    Raises:
+        OtherRankFailedError: there are several processes, and something went wrong on another one.
+        Exception: whatever went wrong on this one.
+    """
+    shards, failed = shards_of(operator), nowhere(operator)
+    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
     u = start_vector(operator, seed)
     Hu = operator.matmat(u[None])[0]
     length = shards.norm(Hu)
-    v = (Hu / torch.where(length > 0, length, 1.0)).to(operator.dtype)
+    v = shards.attempt(lambda: (Hu / torch.where(length > 0, length, 1.0)).to(operator.dtype), failed)
     Hv, again = operator.matmat(v[None])[0], operator.matmat(u[None])[0]
-    difference = torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double())
+    difference = shards.attempt(
+        lambda: torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double()), length.new_full((), math.nan)
+    )
     asymmetry = shards.total(difference[None])[0].abs()
-    drift = shards.norm(again - Hu)
+    drift = shards.norm(shards.attempt(lambda: again - Hu, failed))
+    if not agree(True):
+        shards.settle()
+        raise OtherRankFailedError("a product failed on another rank. All ranks skip this probe")
     found = torch.stack([asymmetry, drift, length]).tolist()
     scale = found[2] if found[2] != 0.0 else 1.0  # H = 0 is symmetric
     return ProductCheck(found[0] / scale, found[1] / scale, max(40 * product_noise(operator), 1e-9))
@@ -117,7 +130,6 @@ def estimate_spectrum(
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
     taken = 0
 
     def count(step: int) -> None:
@@ -127,7 +139,7 @@ def estimate_spectrum(
             on_step(taken)
 
     def ended(runs: tuple[Tridiagonal, ...]) -> bool:
-        return agree(all(run.exhausted for run in runs) or (until is not None and until(runs)))
+        return all(run.exhausted for run in runs) or (until is not None and until(runs))
 
     starts = [start_vector(operator, seed + 7919 * probe) for probe in range(probes)]
     others: list[Basis] = ["none"] * (probes - 1)
@@ -229,7 +241,8 @@ def measure(
             f"product taken twice {checked.repeat:.1e} (both should be below {checked.tolerance:.0e}). {cause}"
         )
     if checked is not None and on_forecast is not None:
-        on_forecast(forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS))
+        cost = forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS)
+        shards_of(operator).attempt(lambda: on_forecast(cost), None)
     spectrum = estimate_spectrum(
         operator, steps=steps, probes=probes, seed=seed, basis=basis, until=until, on_step=on_step
     )

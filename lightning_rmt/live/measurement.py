@@ -17,7 +17,7 @@ from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.announcement import announcement
-from lightning_rmt.live.batches import CapturedBatch
+from lightning_rmt.live.batches import CapturedBatch, is_empty
 from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
@@ -26,7 +26,7 @@ from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
-from lightning_rmt.live.sharding import unsharded
+from lightning_rmt.live.sharding import try_room_for_whole, unsharded
 from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
@@ -102,11 +102,14 @@ def measure_live(
             batches = captured()
             if not batches:
                 raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
+            batches = [batch for batch in batches if not is_empty(batch.batch)]
+            if not batches:
+                raise ValueError("every batch that was captured for this probe is empty on this rank (no samples)")
             hooks = hook_notes(module)
             seed = _mix(settings.seed, step, ranks.rank)
             modes = {"autocast": settings.autocast, "first_order": settings.first_order}
             stack.enter_context(fence(trainer, module, seed=seed, **modes))
-            stack.enter_context(unsharded(module))
+            try_room_for_whole(module)
             return batches, hooks
 
         def build() -> tuple[CurvatureOperator, Plan, tuple[str, ...], tuple[str, ...]]:
@@ -118,7 +121,7 @@ def measure_live(
                 mixed_precision=mixed,
                 product=learned.product,
                 memory=memory,
-                agree=ranks.least,
+                agree=ranks.agree,
             )
             stack.callback(operator.release)
             if check:
@@ -128,37 +131,34 @@ def measure_live(
             rows = ranks.local_size(operator)
             plan = memory.plan(operator, settings.lanczos_steps, probes, local_size=rows, light=light is not None)
             memory.try_out(operator, plan, rows)  # here, where a rank may still fail alone
-            return operator, plan, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
+            return operator, plan, (*hooks, *warnings), (*_missing_batches(fewest, settings.batches), *notes)
 
         if ranks.differing([step, int(light is not None)]):
             raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
-        # Two stages, since building has agreements of its own, which every rank must reach.
+        # Several stages, since what follows each of them is a collective, which every rank must reach.
         batches, hooks = ranks.together(enter)
+        fewest = ranks.least(len(batches))
+        stack.enter_context(unsharded(module))
         operator, mine, warnings, notes = ranks.together(build)
-        shared = ranks.mean(operator, settings.rank_weights)
+        shared = ranks.together(lambda: ranks.mean(operator, settings.rank_weights))
         basis, steps = least_plan(ranks, mine)
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
-        on_step = stack.enter_context(probe_progress(trainer, settings.name, probes * steps))
+        on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
 
         start = _mix(settings.seed, step, 0)
 
         def run() -> Measurement:
-            try:
-                return measure(
-                    shared,
-                    steps=steps,
-                    probes=probes,
-                    seed=start,
-                    check=check,
-                    basis=basis,
-                    until=_rule(shared, light),
-                    on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory)),
-                    on_step=on_step,
-                )
-            except Exception:
-                if isinstance(shared, RankSum) and shared.error is not None:
-                    raise shared.error from None  # rather than the NaN that it made of the sum
-                raise
+            return measure(
+                shared,
+                steps=steps,
+                probes=probes,
+                seed=start,
+                check=check,
+                basis=basis,
+                until=_rule(shared, light),
+                on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory)),
+                on_step=on_step,
+            )
 
         # A rank that fails in a product makes the sum NaN, which is not what the others should report.
         measurement = ranks.together(run, follows=lambda error: isinstance(error, NonFiniteError))
@@ -203,7 +203,7 @@ def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
         return ()
     return (
         f"measured on {captured} of {wanted} curvature batches: the training was started or resumed while they were being "
-        "collected",
+        "collected, or some of them are empty",
     )
 
 

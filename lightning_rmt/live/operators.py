@@ -106,7 +106,9 @@ def _operator(
     loss = curvature_loss(module, settings.loss_fn)
     if settings.curvature == "gradient_covariance":
         return GradientCovariance(loss, chosen, captured, settings.microbatch), (), ()
-    limit = agree(memory.for_graphs(chosen[0][1].device))  # one limit, so that all ranks evaluate the loss as often
+    limit = agree(
+        max(memory.for_graphs(chosen[0][1].device), 1)
+    )  # one limit, so that all ranks evaluate the loss as often
     if settings.product == "finite_difference":
         return _forward_differences(loss, chosen, captured, limit)
     try:

@@ -11,11 +11,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_rmt.krylov.collectives import collective
+
 # What decides whether a group of parameters is sharded again, or its gradients reduced, after a pass.
 _FLAGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
+
+
+def try_room_for_whole(module: nn.Module) -> None:
+    """Takes the memory of `unsharded` once and gives it back: a rank without it fails here, before the collective."""
+    sharded = {p for part in _sharded_modules(module) for p in part.parameters()}
+    for device in {p.device for p in sharded}:
+        needed = sum(p.numel() * p.element_size() for p in sharded if p.device == device)
+        torch.empty(needed, dtype=torch.uint8, device=device)
 
 
 @contextmanager
@@ -30,6 +41,9 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: the LightningModule, or any module with parts that are sharded, or none.
+
+    Raises:
+        LostRankError: gathering failed.
     """
     sharded = _sharded_modules(module)
     with ExitStack() as undo:
@@ -41,7 +55,8 @@ def unsharded(module: nn.Module) -> Iterator[None]:
                     _keep_whole(state, group, undo)
             undo.callback(part.reshard)
             undo.callback(_idle, state)  # before it: a group that believes to be in a pass ignores `reshard`
-            part.unshard()
+            with collective():
+                part.unshard()
         yield
 
 

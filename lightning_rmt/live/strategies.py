@@ -7,6 +7,14 @@ from typing import Any
 from lightning_rmt.live.namespaces import MisconfigurationException
 
 
+def under_join(trainer: Any) -> bool:
+    """Whether the model trains in torch's `Join` context, where a rank that ran out of batches goes on for the others.
+
+    It answers the collectives of DDP and of nobody else: what a probe sums would be added to those.
+    """
+    return bool(getattr(getattr(trainer.strategy.model, "_join_config", None), "enable", False))
+
+
 def refuse_untested_strategy(trainer: Any) -> None:
     """Lets pass: one device, DDP and its variants, and FSDP2 through ModelParallelStrategy without tensor parallelism.
 
