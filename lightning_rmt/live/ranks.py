@@ -32,7 +32,7 @@ class RefusedError(Exception):
 
 
 class _LeftStageError(OtherRankFailedError):
-    """Another rank has left a stage early, and said so in the agreement that this one was at."""
+    """Another rank has left a stage early, and said so in the agreement that this one was at; the message is which."""
 
 
 class Ranks:
@@ -88,7 +88,7 @@ class Ranks:
         """
         least = self.least(number)
         if least <= 0:
-            raise _LeftStageError(SKIPPED.format(self._where(None)))
+            raise _LeftStageError(self._where(None))
         return least
 
     def all_ok(self, ok: bool) -> bool:
@@ -112,15 +112,17 @@ class Ranks:
             OtherRankFailedError: it worked here, but not everywhere.
             Exception: whatever the stage raised here.
         """
-        result, error = None, None
+        result, error, where = None, None, None
         try:
             result = stage()
         except LostRankError:  # nobody to agree with
             raise
-        except _LeftStageError:  # agreed on already
-            raise
+        except _LeftStageError as caught:  # agreed on already
+            where = str(caught)
         except Exception as caught:
             error = caught
+        if where is not None:
+            raise OtherRankFailedError(elsewhere.format(where))
         fine, consequence, cause = 2, 1, 0
         follows_it = error is not None and (isinstance(error, OtherRankFailedError) or follows(error))
         mine = fine if error is None else consequence if follows_it else cause

@@ -603,6 +603,9 @@ class Joins(pl.Callback):
 
 
 def joined_on_this_rank(case: Case, options: dict[str, Any], directory: Path) -> list[Seen]:
+    """Lightning 2.6 asks before every batch whether any rank got a SIGTERM, and hangs in Join itself; 2.5 doesn't."""
+    pl.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor = lambda loop: None
+
     def joining() -> dict[str, Any]:
         return {**case.trainer(), "callbacks": [Joins()]}
 
