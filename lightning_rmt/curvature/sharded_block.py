@@ -51,7 +51,8 @@ class ShardedBlock:
         self.dtype: torch.dtype = max((p.dtype for p in self._tensors), key=lambda dtype: torch.finfo(dtype).bits)
         segments = _segments(self._tensors, dist.get_rank(group), self.ranks)
         self._sizes = [stop - start for start, stop in segments]
-        self.shards = GroupShards(segments, sum(self._sizes), group)
+        self._filled = sum(self._sizes)  # none, where all parameters have fewer rows than there are ranks
+        self.shards = GroupShards(segments, max(self._filled, 1), group)
         over = dist.get_process_group_ranks(group or dist.group.WORLD)
         known = {id(p.sharded_param): (g, p) for g in _groups(module) for p in g.fsdp_params}
         objections = (
@@ -90,9 +91,12 @@ class ShardedBlock:
             name for name, p in zip(self.names, self._tensors, strict=True) if p.requires_grad and p.grad is None
         )
 
+    def _parts(self, v: Tensor) -> tuple[Tensor, ...]:
+        return v[: self._filled].split(self._sizes)
+
     def _joined(self, tensors: list[Tensor | None] | list[Tensor]) -> Tensor:
         joined = torch.zeros(self.shards.local_size, dtype=self.dtype, device=self.device)
-        for part, tensor in zip(joined.split(self._sizes), tensors, strict=True):
+        for part, tensor in zip(self._parts(joined), tensors, strict=True):
             if tensor is not None:
                 part.copy_(tensor.reshape(-1))
         return joined
@@ -106,7 +110,7 @@ class ShardedBlock:
         """
         moved = [
             (p._local_tensor.data, p._local_tensor.detach().clone(), part)
-            for p, part in zip(self._tensors, v.split(self._sizes), strict=True)
+            for p, part in zip(self._tensors, self._parts(v), strict=True)
             if p.requires_grad
         ]
         try:

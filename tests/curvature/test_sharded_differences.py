@@ -129,26 +129,37 @@ def test_products_are_those_of_the_whole_model(dtype, shares, weights, tmp_path)
     assert torch.equal(one["product"], two["product"])
 
 
-def dense_on_this_rank() -> tuple[Tensor, Tensor]:
-    """All rows, with more ranks than the last layer has rows, and a group of parameters that is not all of them."""
+def dense_on_this_rank(ranks: int, layers: tuple[str, ...]) -> tuple[Tensor, Tensor, int, float]:
+    """All rows of some parameters' matrix, one of them frozen."""
     rank = start()
     net = network()
+    net[3].bias.requires_grad_(False)
     exact = copy.deepcopy(net).eval()
     net = sharded(net.eval())
-    chosen = [(n, p) for n, p in net.named_parameters() if n.startswith(("3.", "6."))]
+    chosen = [(n, p) for n, p in net.named_parameters() if n.startswith(layers)]
     operator = ShardedDifferenceHessian(loss_of(net), chosen, batches((8,), rank, torch.float64), net)
-    selected = [p for n, p in exact.named_parameters() if n.startswith(("3.", "6."))]
-    parts = [Hessian(loss_of(exact), selected, batches((8,), r, torch.float64)) for r in range(3)]
+    selected = [p for n, p in exact.named_parameters() if n.startswith(layers)]
+    parts = [Hessian(loss_of(exact), selected, batches((8,), r, torch.float64)) for r in range(ranks)]
     eye = torch.eye(operator.size, dtype=torch.float64)
     entries = torch.cat([torch.arange(*segment) for segment in operator.shards.segments])
-    columns = operator.matmat(eye[:, entries].contiguous())
-    found = torch.stack([whole(operator, column) for column in columns])
-    return found, sum(p.matmat(eye) for p in parts) / 3
+    mine = torch.zeros(operator.size, operator.shards.local_size, dtype=torch.float64)
+    mine[:, : entries.numel()] = eye[:, entries]
+    found = torch.stack([whole(operator, column[: entries.numel()]) for column in operator.matmat(mine)])
+    seen = estimate_spectrum(operator, steps=operator.size)
+    return found, sum(p.matmat(eye) for p in parts) / ranks, entries.numel(), seen.lambda_max.value
 
 
-def test_the_whole_matrix_of_some_parameters_on_three_ranks(tmp_path):
-    for found, expected in on_ranks(3, dense_on_this_rank, tmp_path):
-        assert torch.allclose(found, expected, rtol=0, atol=1e-7 * float(expected.abs().max()) + 1e-8)
+@pytest.mark.parametrize(("ranks", "layers"), [(3, ("3.", "6.")), (2, ("6.",))])
+def test_the_whole_matrix_of_some_parameters(ranks, layers, tmp_path):
+    """On three ranks, and on two of which the second holds nothing."""
+    seen = on_ranks(ranks, dense_on_this_rank, tmp_path, ranks, layers)
+    for found, expected, _, largest in seen:
+        assert torch.allclose(found, expected, rtol=0, atol=1e-8)
+        assert found.abs().max() > 0.01
+        assert largest == pytest.approx(float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-7)
+    held = [entries for _, _, entries, _ in seen]
+    assert held == ([24, 18, 9] if ranks == 3 else [6, 0])
+    assert sum(held) == seen[0][0].shape[0]
 
 
 class Fails(Exception):
