@@ -2,7 +2,7 @@
 
 Autograd can't take a second derivative through sharded parameters: `autograd.grad` doesn't find them in the graph, and
 `backward(create_graph=True)` gives gradients without a graph. So each rank gathers the whole parameters for the time of
-a probe, which costs their full size in memory.
+a probe, which costs their full size in memory. Where that doesn't fit, see `on_shards`.
 """
 
 from __future__ import annotations
