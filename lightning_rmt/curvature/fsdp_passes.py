@@ -22,6 +22,11 @@ _AVERAGING = {
 }
 
 
+# What a pass leaves where it is broken off, in groups of parameters and in what they share.
+_OF_GROUPS = ("_all_gather_result", "_post_reduce_event", "_reshard_after_forward_event")
+_SHARED = ("all_gather_state", "reduce_scatter_state", "reduce_scatter_states", "_last_post_reduce_events")
+
+
 def sharded_modules(module: nn.Module) -> list[Any]:
     """The parts of a module that `fully_shard` was called on, the module itself included."""
     if not dist.is_available() or not dist.is_initialized():
@@ -118,19 +123,17 @@ def _keep_event(state: Any, undo: ExitStack) -> None:
 def _drain(state: Any) -> None:
     """Wait for what a pass that was broken off has left on its way, and drop it. After a whole one there is nothing."""
     groups, shared = parameter_groups(state), state._comm_ctx
-    results = [g._all_gather_result for g in groups if g._all_gather_result is not None]
-    for result in results:
-        if hasattr(result.all_gather_work, "wait"):
-            result.all_gather_work.wait()
-    underway = ("_post_reduce_event", "_reshard_after_forward_event")
-    if results or any(getattr(group, name) is not None for group in groups for name in underway):
+    left: dict[str, list[Any]] = {  # what holds it; the names differ between versions of torch
+        name: [owner for owner in owners if getattr(owner, name, None)]
+        for owners, names in ((groups, _OF_GROUPS), ([shared], _SHARED))
+        for name in names
+    }
+    for group in left["_all_gather_result"]:
+        if hasattr(group._all_gather_result.all_gather_work, "wait"):
+            group._all_gather_result.all_gather_work.wait()
+    if any(left.values()):
         state._device_handle.synchronize()
-    for group in groups:
-        group._all_gather_result = None
-        for name in underway:
-            setattr(group, name, None)
-    for name in ("all_gather_state", "reduce_scatter_state"):  # the latter before torch 2.13 or so
-        if hasattr(shared, name):
-            setattr(shared, name, None)
-    for name in ("reduce_scatter_states", "_last_post_reduce_events"):
-        getattr(shared, name, []).clear()
+    for name, owners in left.items():
+        for owner in owners:
+            held = getattr(owner, name)
+            setattr(owner, name, type(held)() if isinstance(held, (list, dict)) else None)

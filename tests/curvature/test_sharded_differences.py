@@ -86,7 +86,7 @@ def products_on_this_rank(dtype: torch.dtype, shares: Any, weights: str) -> dict
 
     v = start_vector(operator, 3)
     eigenvalues = torch.linalg.eigvalsh(mean(lambda p: p.matmat(torch.eye(p.size, dtype=torch.float64))))
-    spectrum = estimate_spectrum(operator, steps=40, seed=3)
+    spectrum = estimate_spectrum(operator, steps=20, seed=3)
     return {
         "vector": whole(operator, v),
         "expected vector": start_vector(parts[0], 3),
@@ -133,7 +133,7 @@ def dense_on_this_rank(ranks: int, layers: tuple[str, ...]) -> tuple[Tensor, Ten
     """All rows of some parameters' matrix, one of them frozen."""
     rank = start()
     net = network()
-    net[3].bias.requires_grad_(False)
+    net[6].bias.requires_grad_(False)
     exact = copy.deepcopy(net).eval()
     net = sharded(net.eval())
     chosen = [(n, p) for n, p in net.named_parameters() if n.startswith(layers)]
@@ -149,7 +149,7 @@ def dense_on_this_rank(ranks: int, layers: tuple[str, ...]) -> tuple[Tensor, Ten
     return found, sum(p.matmat(eye) for p in parts) / ranks, entries.numel(), seen.lambda_max.value
 
 
-@pytest.mark.parametrize(("ranks", "layers"), [(3, ("3.", "6.")), (2, ("6.",))])
+@pytest.mark.parametrize(("ranks", "layers"), [(3, ("3.bias", "6.")), (2, ("6.",))])
 def test_the_whole_matrix_of_some_parameters(ranks, layers, tmp_path):
     """On three ranks, and on two of which the second holds nothing."""
     seen = on_ranks(ranks, dense_on_this_rank, tmp_path, ranks, layers)
@@ -158,7 +158,7 @@ def test_the_whole_matrix_of_some_parameters(ranks, layers, tmp_path):
         assert found.abs().max() > 0.01
         assert largest == pytest.approx(float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-7)
     held = [entries for _, _, entries, _ in seen]
-    assert held == ([24, 18, 9] if ranks == 3 else [6, 0])
+    assert held == ([8, 2, 1] if ranks == 3 else [6, 0])
     assert sum(held) == seen[0][0].shape[0]
 
 

@@ -89,7 +89,7 @@ def spectra_on_this_rank(directory: Path, dtype: torch.dtype, accumulated: int) 
     """With enough memory on one rank only: against training without a monitor, and against the whole Hessian."""
     of = case(dtype=dtype, accumulated=accumulated)
     control, seen = train(of, directory), {}
-    enough, options = ENOUGH * dtype.itemsize / 4, {"every_n_steps": 4 // accumulated, "lanczos_steps": 40}
+    enough, options = ENOUGH * dtype.itemsize / 4, {"every_n_steps": 4 // accumulated, "lanczos_steps": 20}
     monitor = SpectrumMonitor(**options, light_every_n_steps=2 // accumulated, blocks=["net.0.*"], on_error="raise")
     with free(on_second_rank=0.99 * enough):
         seen["shards"] = differences(train(of, directory, monitor), control)
