@@ -91,8 +91,14 @@ def spectra_on_this_rank(directory: Path, dtype: torch.dtype, accumulated: int) 
     control, seen = train(of, directory), {}
     enough, options = ENOUGH * dtype.itemsize / 4, {"every_n_steps": 4 // accumulated, "lanczos_steps": 20}
     monitor = SpectrumMonitor(**options, light_every_n_steps=2 // accumulated, blocks=["net.0.*"], on_error="raise")
-    with free(on_second_rank=0.99 * enough):
-        seen["shards"] = differences(train(of, directory, monitor), control)
+    plans, planned = [], Memory.plan
+    Memory.plan = lambda self, operator, *a, **k: plans.append(k) or planned(self, operator, *a, **k)
+    try:
+        with free(on_second_rank=0.99 * enough):
+            seen["shards"] = differences(train(of, directory, monitor), control)
+    finally:
+        Memory.plan = planned
+    seen["planned"] = {(k["local_size"], k["product_size"]) for k in plans}
     reading = monitor.reading
     seen["step"] = reading.step
     seen["product"], seen["error"], seen["notes"] = reading.product, reading.product_error, reading.notes
@@ -121,6 +127,8 @@ def test_spectra_on_shards_are_those_of_the_whole(dtype, accumulated, error, tmp
         assert sum("they take whole parameters" in note for note in rank["notes"]) == 2
         assert rank["extras"] == ((), {})
         assert rank["size"] == SIZE
+        ((held, in_products),) = rank["planned"]
+        assert held == in_products < 0.6 * SIZE
         assert rank["samples"] == 8
         assert rank["parameters"][0] == "net.0.weight"
         full = {step: value for step, speed, value in rank["history"] if speed == "full"}
