@@ -101,7 +101,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             per product, no second-order graph, flash attention and compiled code as in training. Its error, some 1e-3,
             is measured at every probe (13 gradients; against exact products where there are any), logged as
             ``product_error`` and part of every residual: enough for density and outliers, never for level statistics.
-            Networks with kinks (ReLU, max pooling) are refused.
+            Networks with kinks (ReLU, max pooling) are refused. Under FSDP2, where whole parameters don't fit on every rank,
+            ``"auto"`` and ``"finite_difference"`` take central differences on the shards; ``"exact"`` can't be had.
         autocast: measure under the Trainer's autocast instead of in full precision; products then err by 0.4 to 5 %.
         seed: of the start vectors and of the dropout masks inside the probe.
         name: prefix of the tags, and the folder of the saved readings; several monitors need different ones.

@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.curvature.sharded_differences import ShardedDifferenceHessian
 from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
@@ -22,6 +23,7 @@ from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
+from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
@@ -96,6 +98,12 @@ def measure_live(
     learned = learned or Learned(settings.product)
     memory = memory or Memory()
     probes = settings.probes if light is None else 1
+    if ranks.differing([step, int(light is not None)]):
+        raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
+    if ranks.differing([step, int(light is not None)]):
+        raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
+    whole = gathers(module, settings, probes, memory, ranks, trainer.strategy.root_device)
+    settings, left_out = (settings, ()) if whole else without_exact_parts(settings)
     with ExitStack() as stack:
 
         def enter() -> tuple[list[CapturedBatch], tuple[str, ...]]:
@@ -107,40 +115,50 @@ def measure_live(
                 raise ValueError("every batch that was captured for this probe is empty on this rank (no samples)")
             hooks = hook_notes(module)
             seed = _mix(settings.seed, step, ranks.rank)
-            modes = {"autocast": settings.autocast, "first_order": settings.first_order}
+            modes = {"autocast": settings.autocast, "first_order": settings.first_order or not whole}
             stack.enter_context(fence(trainer, module, seed=seed, **modes))
-            try_room_for_whole(module)
+            if whole:
+                try_room_for_whole(module)
             return batches, hooks
 
-        def build() -> tuple[CurvatureOperator, Plan, tuple[str, ...], tuple[str, ...]]:
+        def build() -> tuple[CurvatureOperator | ShardedDifferenceHessian, Plan, tuple[str, ...], tuple[str, ...]]:
             mixed = settings.autocast and "mixed" in str(trainer.precision)
-            operator, warnings, notes = build_operator(
-                module,
-                batches,
-                settings,
-                mixed_precision=mixed,
-                product=learned.product,
-                memory=memory,
-                agree=ranks.agree,
+            operator, warnings, notes = (
+                build_operator(
+                    module,
+                    batches,
+                    settings,
+                    mixed_precision=mixed,
+                    product=learned.product,
+                    memory=memory,
+                    agree=ranks.agree,
+                )
+                if whole
+                else operator_on_shards(module, batches, settings, ranks, memory)
             )
             stack.callback(operator.release)
-            if check:
-                memory.graphs = operator.graph_bytes()
-            if probes > 1:
-                operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
-            rows = ranks.local_size(operator)
-            plan = memory.plan(operator, settings.lanczos_steps, probes, local_size=rows, light=light is not None)
+            if isinstance(operator, CurvatureOperator):
+                rows, length = ranks.local_size(operator), operator.size
+                if check:
+                    memory.graphs = operator.graph_bytes()
+                if probes > 1:
+                    operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
+            else:
+                rows = length = operator.shards.local_size
+            plan = memory.plan(
+                operator, settings.lanczos_steps, probes, local_size=rows, product_size=length, light=light is not None
+            )
             memory.try_out(operator, plan, rows)  # here, where a rank may still fail alone
-            return operator, plan, (*hooks, *warnings), (*_missing_batches(fewest, settings.batches), *notes)
+            missing = _missing_batches(fewest, settings.batches)
+            return operator, plan, (*hooks, *warnings), (*missing, *notes, *left_out)
 
-        if ranks.differing([step, int(light is not None)]):
-            raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
         # Several stages, since what follows each of them is a collective, which every rank must reach.
         batches, hooks = ranks.together(enter)
         fewest = ranks.least(len(batches))
-        stack.enter_context(unsharded(module))
+        if whole:
+            stack.enter_context(unsharded(module))
         operator, mine, warnings, notes = ranks.together(build)
-        shared = ranks.together(lambda: ranks.mean(operator, settings.rank_weights))
+        shared = ranks.together(lambda: _over_ranks(operator, ranks, settings))
         basis, steps = least_plan(ranks, mine)
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
         on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
@@ -162,15 +180,13 @@ def measure_live(
 
         # A rank that fails in a product makes the sum NaN, which is not what the others should report.
         measurement = ranks.together(run, follows=lambda error: isinstance(error, NonFiniteError))
-        found = replace(
-            learned,
-            product="exact" if isinstance(operator, Hessian) else learned.product,
-            at_once=operator.at_once if probes > 1 else learned.at_once,
-        )
-        result = LiveMeasurement(
-            measurement, int(shared.samples), operator.block.names, warnings, notes, found, shared.product_error
-        )
-        if light is not None:
+        names = operator.block.names if isinstance(operator, CurvatureOperator) else operator.names
+        found = learned
+        if isinstance(operator, CurvatureOperator):
+            product = "exact" if isinstance(operator, Hessian) else learned.product
+            found = replace(learned, product=product, at_once=operator.at_once if probes > 1 else learned.at_once)
+        result = LiveMeasurement(measurement, int(shared.samples), names, warnings, notes, found, shared.product_error)
+        if light is not None or not isinstance(operator, CurvatureOperator):
             return result
         blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
         operator.release()  # its graphs are in the way of what follows
@@ -178,6 +194,13 @@ def measure_live(
         levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
         notes = (*notes, *reasons, *levels.notes)
         return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned)
+
+
+def _over_ranks(
+    operator: CurvatureOperator | ShardedDifferenceHessian, ranks: Ranks, settings: ProbeSettings
+) -> CurvatureOperator | RankSum | ShardedDifferenceHessian:
+    """The operator on all ranks' batches; one on shards is that already."""
+    return ranks.mean(operator, settings.rank_weights) if isinstance(operator, CurvatureOperator) else operator
 
 
 def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:
@@ -188,7 +211,7 @@ def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:
     return (f"memory is short, so the Lanczos basis {kept}: density and sums only, no eigenvalues and no counts",)
 
 
-def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Until:
+def _rule(operator: CurvatureOperator | RankSum | ShardedDifferenceHessian, light: LightEnds | None) -> Until:
     """What ends the probe before its last step."""
     if light is None:
         return Settled(operator.size, operator.noise)

@@ -89,7 +89,7 @@ def build_operator(
     operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory, agree)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
-    return operator, (*fallback, *_warnings(operator)), notes
+    return operator, (*fallback, *unused_warning(operator.unused)), notes
 
 
 def _operator(
@@ -166,15 +166,14 @@ def _finite_differences(
     )
 
 
-def _warnings(operator: CurvatureOperator) -> tuple[str, ...]:
-    """What looks wrong about the module, and can't be seen in the numbers."""
-    sentences = []
-    if operator.unused:
-        sentences.append(
-            f"no gradient reaches {_listed(operator.unused)}: unused, or behind a reentrant activation checkpoint; "
-            "they are zeros in the spectrum"
-        )
-    return tuple(sentences)
+def unused_warning(names: Sequence[str]) -> tuple[str, ...]:
+    """What looks wrong about the module, and can't be seen in the numbers: a sentence, if there are such parameters."""
+    if not names:
+        return ()
+    return (
+        f"no gradient reaches {_listed(names)}: unused, or behind a reentrant activation checkpoint; they are zeros in the "
+        "spectrum",
+    )
 
 
 def hook_notes(module: Any) -> tuple[str, ...]:
