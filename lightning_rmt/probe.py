@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from lightning_rmt.krylov.collectives import OtherRankFailedError
 from lightning_rmt.krylov.lanczos import (
@@ -96,6 +97,7 @@ def estimate_spectrum(
     basis: Basis = "full",
     until: Until | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_basis: Callable[[Spectrum, Tensor], None] | None = None,
 ) -> Spectrum:
     """Measures the spectrum of a symmetric operator by Lanczos from random start vectors.
 
@@ -112,6 +114,8 @@ def estimate_spectrum(
         until: ends the probes before ``steps``; see ``spectra/stopping.py``. None: they end early only where the operator's
             whole spectrum has been seen.
         on_step: called with the number of products queued so far.
+        on_basis: called with the spectrum and the first probe's basis (see `ritz_vectors`) before this is freed; not where
+            none was kept.
 
     Returns:
         The spectrum, with errors.
@@ -144,10 +148,21 @@ def estimate_spectrum(
     starts = [start_vector(operator, seed + 7919 * probe) for probe in range(probes)]
     others: list[Basis] = ["none"] * (probes - 1)
     every = LOOK_EVERY if until is None else until.every
+    bases: list[Tensor] = []
     runs = lanczos_lockstep(
-        operator, starts, steps, bases=[basis, *others], stop=ended, look_every=every, on_step=count
+        operator,
+        starts,
+        steps,
+        bases=[basis, *others],
+        stop=ended,
+        look_every=every,
+        on_step=count,
+        on_basis=None if on_basis is None else bases.append,
     )
-    return Spectrum(runs, operator.size, products=taken, noise=product_noise(operator))
+    spectrum = Spectrum(runs, operator.size, products=taken, noise=product_noise(operator))
+    if on_basis is not None and bases[0].shape[0]:
+        on_basis(spectrum, bases[0])
+    return spectrum
 
 
 class Measurement(NamedTuple):
@@ -198,6 +213,7 @@ def measure(
     until: Until | None = None,
     on_forecast: Callable[[Forecast], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_basis: Callable[[Spectrum, Tensor], None] | None = None,
 ) -> Measurement:
     """`estimate_spectrum`, after a look at whether the operator can be trusted.
 
@@ -211,6 +227,7 @@ def measure(
         until: see there.
         on_forecast: called after the check with what the rest will cost, from its products' time.
         on_step: see there.
+        on_basis: see there.
 
     Raises:
         ValueError: as `estimate_spectrum`; or ``check`` is set and the products are not finite, symmetric and repeatable.
@@ -244,6 +261,13 @@ def measure(
         cost = forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS)
         shards_of(operator).attempt(lambda: on_forecast(cost), None)
     spectrum = estimate_spectrum(
-        operator, steps=steps, probes=probes, seed=seed, basis=basis, until=until, on_step=on_step
+        operator,
+        steps=steps,
+        probes=probes,
+        seed=seed,
+        basis=basis,
+        until=until,
+        on_step=on_step,
+        on_basis=on_basis,
     )
     return Measurement(spectrum, checked, time.perf_counter() - begin)

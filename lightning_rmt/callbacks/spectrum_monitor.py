@@ -19,7 +19,7 @@ from lightning_rmt.krylov.collectives import LostRankError
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
 from lightning_rmt.live.loss import refuse_unusable_loss
-from lightning_rmt.live.measurement import measure_live
+from lightning_rmt.live.measurement import LiveMeasurement, measure_live
 from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
@@ -29,6 +29,7 @@ from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.strategies import refuse_untested_strategy, under_join
 from lightning_rmt.live.training import (
     current_step,
+    dataset_size,
     learning_rate,
     log_directory,
     on_last_batch_of_fast_dev_run,
@@ -94,6 +95,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         blocks: groups of parameters (layers or name patterns) that get a spectrum of their own at full probes, logged as
             ``blocks/<group>/...``. A group costs up to ``lanczos_steps`` products, from the graphs of the whole spectrum
             where these are kept, and those of the Hessian then reach no further than to it.
+        noise: measure the noise of the curvature from two half batches at full probes (four products and two more
+            evaluations of the loss): ``noise_scale``, ``noise_edge``, ``anisotropy``, and the damping that it asks for.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has
@@ -138,6 +141,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         parameters: list[str] | None = None,
         levels: list[str] | Literal["auto"] | None = "auto",
         blocks: list[str] | None = None,
+        noise: bool = True,
         microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
@@ -165,6 +169,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.parameters = parameters
         self.levels = levels
         self.blocks = blocks
+        self.noise = noise
         self.microbatch = microbatch
         self.product = product
         self.autocast = autocast
@@ -207,6 +212,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             lanczos_steps=self.lanczos_steps,
             probes=self.probes,
             rank_weights=self.rank_weights,
+            noise=self.noise and self.curvature != "gradient_covariance",
             batches=self._schedule.batches,
             seed=self.seed,
             name=self.name,
@@ -415,6 +421,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             product_error=probed.product_error,
             levels=probed.levels,
             blocks=probed.blocks,
+            noise=None if probed.noise is None else probed.noise.at(*self._training_batch(trainer, probed)),
+            curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples),
         )
         if speed == "light":
             self.light_reading = reading
@@ -424,6 +432,12 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         if trainer.is_global_zero:
             self._write(trainer, reading)
         return reading.seconds
+
+    @staticmethod
+    def _training_batch(trainer: Any, probed: LiveMeasurement) -> tuple[float, float]:
+        """Samples in an optimizer step, over all ranks, and in the data."""
+        size = probed.samples / probed.batches * trainer.accumulate_grad_batches
+        return size, max(dataset_size(trainer), size)
 
     @property
     def _light_ends(self) -> LightEnds:

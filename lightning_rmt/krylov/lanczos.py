@@ -161,6 +161,7 @@ def lanczos_lockstep(
     stop: StopRule | None = None,
     look_every: int = 1,
     on_step: Callable[[int], None] | None = None,
+    on_basis: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tridiagonal, ...]:
     """Runs Lanczos from k start vectors side by side, so that each step is one ``matmat`` (Golub and Van Loan, 10.1).
 
@@ -191,6 +192,8 @@ def lanczos_lockstep(
         stop: whether to end the run. Over several processes, one that says so ends it on all of them.
         look_every: steps from one look of ``stop`` to the next; on a GPU it sees the coefficients of the look before.
         on_step: called on the host with the number of steps queued so far.
+        on_basis: called at the end with the first run's basis, shape (steps, n) or this process's part of it, which the
+            run doesn't need any more; with no rows where it kept none.
 
     Returns:
         One tridiagonal matrix per start.
@@ -237,6 +240,8 @@ def lanczos_lockstep(
         if stop is not None and taken % look_every == 0 and taken < steps and not agree(shards.attempt(goes_on, False)):
             break
     shards.settle()
+    if on_basis is not None:
+        on_basis(runs[0].basis)
     return _tridiagonals(coefficients.all()[:, :, :taken], bases)
 
 
@@ -254,7 +259,7 @@ class _Run:
         rows = 0 if basis == "none" else steps
         where = torch.device("cpu") if basis == "host" else start.device
         pinned = basis == "host" and start.is_cuda  # or copies would wait
-        self._basis = torch.empty(rows, start.numel(), dtype=dtype, device=where, pin_memory=pinned)
+        self.basis = torch.empty(rows, start.numel(), dtype=dtype, device=where, pin_memory=pinned)
         self._passes, self._shards = passes, shards
         self._beta = start.new_zeros((), dtype=torch.float64)
         self._largest = self._beta
@@ -269,7 +274,7 @@ class _Run:
 
     def sums(self, step: int) -> list[Callable[[], object]]:
         """The collectives of `advance`, with NaN: alpha, the passes' coefficients, the norm."""
-        sizes = [1, *(self._passes * [step + 1] if self._basis.shape[0] else []), 1]
+        sizes = [1, *(self._passes * [step + 1] if self.basis.shape[0] else []), 1]
         return [partial(self._sum_of_nan, size) for size in sizes]
 
     def _sum_of_nan(self, size: int) -> Tensor:
@@ -282,9 +287,9 @@ class _Run:
         alpha = total(inner_products(q[None], w))[0]
         w.addcmul_(q, alpha.to(w.dtype), value=-1).addcmul_(self._previous, self._beta.to(w.dtype), value=-1)
         removed = torch.zeros_like(alpha)
-        if self._basis.shape[0]:
-            self._basis[step].copy_(q, non_blocking=True)
-            rows = self._basis[: step + 1]
+        if self.basis.shape[0]:
+            self.basis[step].copy_(q, non_blocking=True)
+            rows = self.basis[: step + 1]
             for _ in range(self._passes):
                 left = total(inner_products(rows, w))
                 subtract_combination(w, rows, left)

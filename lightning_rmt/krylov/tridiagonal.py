@@ -67,6 +67,11 @@ class Tridiagonal:
         """Ritz values, ascending, shape (m,)."""
         return self._eigh[0]
 
+    @property
+    def vectors(self) -> NDArray[np.float64]:
+        """T's eigenvectors as columns, shape (m, m): the Ritz vectors in terms of the basis."""
+        return self._eigh[1]
+
     @cached_property
     def weights(self) -> NDArray[np.float64]:
         """Quadrature weights, shape (m,), summing to 1."""

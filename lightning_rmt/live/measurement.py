@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
@@ -23,12 +24,14 @@ from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
+from lightning_rmt.live.noise import measure_noise, outlier_directions
 from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import try_room_for_whole, unsharded
+from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
@@ -48,6 +51,8 @@ class LiveMeasurement:
         product_error: of finite differences, the largest of any rank; None where products are exact.
         levels: level statistics of exact blocks; only a full probe has them.
         blocks: spectra of groups of parameters; only a full probe has them.
+        noise: of the matrix on half of the batches; only a full probe has it.
+        batches: curvature batches on a rank, the fewest of any.
     """
 
     measurement: Measurement
@@ -59,6 +64,8 @@ class LiveMeasurement:
     product_error: float | None
     levels: tuple[BlockLevels, ...] = ()
     blocks: Mapping[str, Spectrum] = field(default_factory=dict)
+    noise: NoiseScale | None = None
+    batches: int = 1
 
 
 def measure_live(
@@ -165,6 +172,12 @@ def measure_live(
 
         start = _mix(settings.seed, step, 0)
 
+        outliers: list[Tensor | None] = []
+
+        def keep_outliers(spectrum: Spectrum, basis: Tensor) -> None:
+            if isinstance(operator, CurvatureOperator):
+                outliers.append(outlier_directions(spectrum, basis, operator))
+
         def run() -> Measurement:
             return measure(
                 shared,
@@ -176,6 +189,7 @@ def measure_live(
                 until=_rule(shared, light),
                 on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory)),
                 on_step=on_step,
+                on_basis=keep_outliers if settings.noise and light is None else None,
             )
 
         # A rank that fails in a product makes the sum NaN, which is not what the others should report.
@@ -185,15 +199,26 @@ def measure_live(
         if isinstance(operator, CurvatureOperator):
             product = "exact" if isinstance(operator, Hessian) else learned.product
             found = replace(learned, product=product, at_once=operator.at_once if probes > 1 else learned.at_once)
-        result = LiveMeasurement(measurement, int(shared.samples), names, warnings, notes, found, shared.product_error)
+        samples, product_error = int(shared.samples), shared.product_error
+        result = LiveMeasurement(measurement, samples, names, warnings, notes, found, product_error, batches=fewest)
         if light is not None or not isinstance(operator, CurvatureOperator):
             return result
         blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
         operator.release()  # its graphs are in the way of what follows
+        noise, no_noise = measure_noise(
+            module,
+            batches,
+            outliers.pop() if outliers else None,
+            settings,
+            ranks,
+            memory,
+            mixed_precision=settings.autocast and "mixed" in str(trainer.precision),
+            seed=start,
+        )
         seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
         levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
-        notes = (*notes, *reasons, *levels.notes)
-        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned)
+        notes = (*notes, *reasons, *no_noise, *levels.notes)
+        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
 
 
 def _over_ranks(

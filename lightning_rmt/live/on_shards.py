@@ -52,9 +52,13 @@ def _needed(module: Any, settings: ProbeSettings, probes: int) -> int:
 
 def without_exact_parts(settings: ProbeSettings) -> tuple[ProbeSettings, tuple[str, ...]]:
     """Settings without what takes exact products, and sentences that say what is missing."""
-    wanted = {"level statistics": settings.levels, "spectra of groups of parameters": settings.blocks}
+    wanted = {
+        "level statistics": settings.levels,
+        "spectra of groups of parameters": settings.blocks,
+        "noise scale": settings.noise,
+    }
     notes = [f"no {what}: they take whole parameters, which don't fit on every rank" for what, w in wanted.items() if w]
-    return replace(settings, levels=None, blocks=None), tuple(notes)
+    return replace(settings, levels=None, blocks=None, noise=False), tuple(notes)
 
 
 def operator_on_shards(

@@ -35,6 +35,8 @@ ARGUMENTS = {
     "parameters": ["net.*"],
     "levels": None,  # there are none of a ggn
     "blocks": ["net.*"],
+    "noise": False,
+    "rank_weights": "samples",
     "microbatch": 2,
     "product": "exact",
     "autocast": True,
