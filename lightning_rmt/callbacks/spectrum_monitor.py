@@ -26,7 +26,7 @@ from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatche
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks, refuse_differences
 from lightning_rmt.live.schedule import Decision, Schedule, Speed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
-from lightning_rmt.live.strategies import refuse_untested_strategy, under_join
+from lightning_rmt.live.strategies import refuse_untested_sharding, refuse_untested_strategy, under_join
 from lightning_rmt.live.training import (
     current_step,
     dataset_size,
@@ -256,6 +256,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._clock = time.perf_counter()
 
     def _refuse_unfitting(self, trainer: Any, pl_module: Any) -> None:
+        refuse_untested_sharding(pl_module)
         every = self._schedule.light_every_n_steps or self._schedule.every_n_steps
         if every is not None and self._schedule.window(trainer.accumulate_grad_batches) > every:
             raise MisconfigurationException(

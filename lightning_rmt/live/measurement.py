@@ -187,7 +187,7 @@ def measure_live(
                 check=check,
                 basis=basis,
                 until=_rule(shared, light),
-                on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory)),
+                on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory, ranks.size)),
                 on_step=on_step,
                 on_basis=keep_outliers if settings.noise and light is None else None,
             )
