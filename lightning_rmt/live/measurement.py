@@ -107,8 +107,6 @@ def measure_live(
     probes = settings.probes if light is None else 1
     if ranks.differing([step, int(light is not None)]):
         raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
-    if ranks.differing([step, int(light is not None)]):
-        raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
     whole = gathers(module, settings, probes, memory, ranks, trainer.strategy.root_device)
     settings, left_out = (settings, ()) if whole else without_exact_parts(settings)
     with ExitStack() as stack:

@@ -87,9 +87,12 @@ def noise_scale(
         The noise of a batch as large as one half (their harmonic mean, if they differ).
 
     Raises:
-        ValueError: the operators' sizes differ, or ``probes`` is below 1.
+        ValueError: the operators' sizes differ, ``probes`` is below 1, or products are NaN or infinite.
+        Exception: over several processes, whatever went wrong in this one; the others see NaN.
     """
     from lightning_rmt.krylov.lanczos import shards_of, start_vector
+    from lightning_rmt.krylov.reductions import inner_products, subtract_combination
+    from lightning_rmt.krylov.tridiagonal import NonFiniteError
 
     if first.size != second.size:
         raise ValueError(f"the halves' operators must be of one size, got {first.size} and {second.size}")
@@ -97,33 +100,46 @@ def noise_scale(
         raise ValueError(f"probes must be at least 1, got {probes}")
     shards = shards_of(first)
     kept = 0 if outliers is None else outliers.shape[0]
-
-    def inner(rows: Any, vectors: Any) -> Any:
-        """Inner products over all ranks, shape (rows, vectors), in one all-reduce."""
-        parts = rows.double() @ vectors.double().mT
-        return shards.total(parts.reshape(-1)).reshape(parts.shape)
-
-    def away(vectors: Any) -> Any:
-        return vectors - (inner(vectors, outliers) @ outliers.double()).to(vectors.dtype) if kept else vectors
-
-    z = [start_vector(first, seed + 104_729 * (1 + probe)) for probe in range(probes)]
-    directions = away(_stacked(z))
     chosen = min(resolved, kept)
-    everything = _joined(directions, outliers[:chosen].to(directions.dtype)) if chosen else directions
-    difference = first.matmat(everything) - second.matmat(everything)
-    lengths = inner(directions, directions).diagonal()
-    noisy = away(difference[:probes])
-    squares = (
-        inner(noisy, noisy).diagonal() / lengths
-    ).tolist()  # E over z: trace of N'N over n - kept, for one unit z
-    # a unit z sees |N z|^2 = s^2 (of the halves' difference: 2 s^2)
-    scale, error = _jackknife([value / 2.0 for value in squares])
+
+    # Between two collectives a process that fails alone goes on (`Shards.attempt`): the others wait for it.
+    def inner(rows: Any, vectors: Any) -> Any:
+        """Inner products over all processes, shape (vectors, rows), in one all-reduce."""
+        nan = vectors.new_full((len(vectors), len(rows)), math.nan).double()
+        parts = shards.attempt(lambda: _stacked([inner_products(rows, vector) for vector in vectors]), nan)
+        return shards.total(parts.reshape(-1)).reshape(nan.shape)
+
+    def project(vectors: Any) -> None:
+        """Takes the outliers' directions out, in place."""
+        if kept:
+            coefficients = inner(outliers, vectors)
+
+            def subtract() -> None:
+                for vector, coefficient in zip(vectors, coefficients, strict=True):
+                    subtract_combination(vector, outliers, coefficient)
+
+            shards.attempt(subtract, None)
+
+    drawn = [start_vector(first, seed + 104_729 * (1 + probe)) for probe in range(probes)]
+    failed = drawn[0].new_full((1, 1), math.nan).expand(probes + chosen, drawn[0].shape[0])
+    vectors = shards.attempt(lambda: _stacked([*drawn, *([] if outliers is None else outliers[:chosen])]), failed)
+    project(vectors[:probes])
+    lengths = inner(vectors[:probes], vectors[:probes]).diagonal()
+    one, other = first.matmat(vectors), second.matmat(vectors)
+    noise = shards.attempt(lambda: one - other, failed)
+    moved = inner(noise[probes:], noise[probes:]).diagonal() if chosen else None
+    along = inner(vectors[probes:], noise[probes:]).diagonal() if chosen else None
+    project(noise[:probes])
+    squares = (inner(noise[:probes], noise[:probes]).diagonal() / lengths).tolist()
+    for half in (first, second):
+        shards_of(half).settle()
+    if not all(map(math.isfinite, squares)):
+        raise NonFiniteError("the difference of the halves' products is NaN or infinite")
+
+    scale, error = _jackknife([square / 2.0 for square in squares])  # the halves' difference has both their noises
     anisotropy = None
-    if chosen and scale > 0.0:
-        moved, u = difference[probes:], outliers[:chosen]
-        along = inner(u, moved).diagonal()
-        across = ((inner(moved, moved).diagonal() - along**2) / 2.0).clamp(min=0.0)
-        anisotropy = float(across.mean()) / scale**2
+    if moved is not None and along is not None and scale > 0.0:
+        anisotropy = float(((moved - along**2) / 2.0).clamp(min=0.0).mean()) / scale**2
     sizes = [getattr(operator, "samples", None) for operator in (first, second)]
     size = 2.0 / (1.0 / sizes[0] + 1.0 / sizes[1]) if sizes[0] and sizes[1] else None
     return NoiseScale(scale, error, size, anisotropy, float(probes + chosen))
@@ -135,11 +151,6 @@ def _stacked(vectors: list[Any]) -> Any:
     for row, vector in zip(rows, vectors, strict=True):
         row.copy_(vector)
     return rows
-
-
-def _joined(one: Any, other: Any) -> Any:
-    """Shape (k + l, n)."""
-    return _stacked([*one, *other])
 
 
 def _jackknife(squares: list[float]) -> tuple[float, float | None]:
