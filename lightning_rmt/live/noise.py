@@ -40,7 +40,8 @@ def outlier_directions(spectrum: Spectrum, basis: Tensor, operator: CurvatureOpe
     """
     counts = spectrum.outliers.high.count, spectrum.outliers.low.count
     high = UNCOUNTED if counts[0] is None else counts[0]
-    levels = [*spectrum.top[:high], *spectrum.bottom[: counts[1] or 0]][:MOST_DIRECTIONS]
+    levels = [*spectrum.top[:high], *spectrum.bottom[: counts[1] or 0]]
+    levels = levels[: min(MOST_DIRECTIONS, operator.size // 2)]
     if not levels:
         return None
     nodes = spectrum.runs[0].nodes

@@ -87,7 +87,8 @@ def noise_scale(
         The noise of a batch as large as one half (their harmonic mean, if they differ).
 
     Raises:
-        ValueError: the operators' sizes differ, ``probes`` is below 1, or products are NaN or infinite.
+        ValueError: the operators' sizes differ, ``probes`` is below 1, no direction is left, or products are NaN or
+            infinite.
         Exception: over several processes, whatever went wrong in this one; the others see NaN.
     """
     from lightning_rmt.krylov.lanczos import shards_of, start_vector
@@ -101,6 +102,8 @@ def noise_scale(
     shards = shards_of(first)
     kept = 0 if outliers is None else outliers.shape[0]
     chosen = min(resolved, kept)
+    if kept >= first.size:
+        raise ValueError(f"all {first.size} directions are outliers, which leaves none for the noise of the bulk")
 
     # Between two collectives a process that fails alone goes on (`Shards.attempt`): the others wait for it.
     def inner(rows: Any, vectors: Any) -> Any:

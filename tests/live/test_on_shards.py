@@ -124,7 +124,7 @@ def test_spectra_on_shards_are_those_of_the_whole(dtype, accumulated, error, tmp
         assert (rank["product"], rank["whole product"]) == ("finite_difference", "exact")
         assert 0 < rank["error"] < error
         assert any("finite differences of gradients on the parameters' shards" in note for note in rank["notes"])
-        assert sum("they take whole parameters" in note for note in rank["notes"]) == 2
+        assert sum("they take whole parameters" in note for note in rank["notes"]) == 3
         assert rank["extras"] == ((), {})
         assert rank["size"] == SIZE
         ((held, in_products),) = rank["planned"]

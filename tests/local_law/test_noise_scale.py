@@ -135,6 +135,10 @@ def test_refusals():
         noise_scale(Dense(np.eye(3)), Dense(np.eye(4)))
     with pytest.raises(ValueError, match="probes must be at least 1"):
         noise_scale(Dense(np.eye(3)), Dense(np.eye(3)), 0)
+    with pytest.raises(ValueError, match="all 3 directions are outliers"):
+        noise_scale(Dense(np.eye(3)), Dense(np.eye(3)), outliers=torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        noise_scale(Dense(np.full((3, 3), np.nan)), Dense(np.eye(3)))
     found = noise_scale(Dense(np.eye(3)), Dense(np.eye(3)))
     assert found.mean == 0.0
     with pytest.raises(ValueError, match="unknown size"):
