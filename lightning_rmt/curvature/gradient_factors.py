@@ -15,8 +15,8 @@ GROUPS = 8
 class GradientFactors:
     """Collects the gradients of one matrix, one a step, and forgets them.
 
-    The first ``factor_steps`` go into moving averages of ``GG'`` and ``G'G``; then these are diagonalised, and the squares of
-    the ``held_out_steps`` that follow are summed in both bases. A basis thus never sees the gradients that judge it: in
+    The first ``factor_steps`` go into moving averages of ``GG'`` and ``G'G``; then these are diagonalised, and the squares
+    of the ``held_out_steps`` that follow are summed in both bases. A basis thus never sees the gradients that judge it: in
     its own, even one gradient of pure noise is diagonal.
 
     Factors are in float64 where the device has it. The gradient is only read. `bytes_needed` says what is kept.
@@ -89,7 +89,8 @@ class GradientFactors:
             self._left.mul_(self._beta).addmm_(G, G.T)
             self._right.mul_(self._beta).addmm_(G.T, G)
         else:
-            assert self._plain is not None and self._rotated is not None
+            assert self._plain is not None
+            assert self._rotated is not None
             group = (self.steps - self._factor_steps) * GROUPS // self._held_out_steps
             G = G / self._scale  # so that float32 holds the squares of any gradient
             self._plain[group] += G.square()

@@ -5,8 +5,8 @@ with eigenvectors U and V. Gradients that came after them (held out, as SOAP's s
 
     J(U, V) = sum_ij sqrt(E (U'GV)_ij^2),      rotation gain = J(1, 1) / J(U, V)                                 (1)
 
-J is the constant in the regret bound of a diagonal preconditioner in these coordinates; ``J(1, 1)`` is Adam's. A gain of 1 is
-nothing; 1.6 to 4.7 were measured on five small tasks, and the noise in the basis cost under 5 % of it.
+J is the constant in the regret bound of a diagonal preconditioner in these coordinates; ``J(1, 1)`` is Adam's. A gain of 1
+is nothing; 1.6 to 4.7 were measured on five small tasks, and the noise in the basis cost under 5 % of it.
 
 With noise of covariance ``B (x) A``, L is a sample covariance of columns with the weights ``T_k = w_t b_j``, so that
 
