@@ -38,8 +38,9 @@ class KroneckerDiagnostics(*callback_bases()):  # type: ignore[misc]
     - ``effective_samples_left``, ``_right``, ``q_left``, ``q_right``: how many independent columns a factor's noise amounts
       to (a formula: right within 2.5 times on perceptrons and a language model, up to 24 times too small on a convolutional
       network), and its size over them.
-    - ``eigenvalue_bias_left``, ``_right``: by how much the smaller half of the factor's eigenvalues is too small by the
-      weighted local law, and next to it what the held-out gradients say, ``..._held_out``. SOAP isn't affected.
+    - ``eigenvalue_bias_left``, ``_right``: by what factor the smaller half of the factor's eigenvalues is too small next
+      to the larger half by the weighted local law; ``..._held_out`` is what the gradients after it say, which is sampling
+      and the training's drift. SOAP isn't affected.
 
     A verdict goes to TensorBoard as text, ``rmt/kronecker/verdict``, and to the console. What is skipped (vectors,
     embeddings, frozen or sparse parameters, layers without gradients) is said once, with the reason.

@@ -52,6 +52,7 @@ class GradientFactors:
         self._left = torch.zeros(m, m, dtype=self._dtype, device=self._device)  # factors, then their eigenvectors
         self._right = torch.zeros(n, n, dtype=self._dtype, device=self._device)
         self._levels: tuple[Tensor, Tensor] | None = None
+        self._dead: tuple[Tensor, Tensor] | None = None
         self._scale = 1.0
         self._plain: Tensor | None = None
         self._rotated: Tensor | None = None
@@ -102,6 +103,7 @@ class GradientFactors:
     def _diagonalise(self) -> None:
         m, n = self.shape
         share = (1 - self._beta) / (1 - self._beta**self._factor_steps)
+        self._dead = self._left.diagonal() == 0, self._right.diagonal() == 0
         left, self._left = torch.linalg.eigh(self._left * share)
         right, self._right = torch.linalg.eigh(self._right * share)
         self._levels = left, right
@@ -130,6 +132,12 @@ class GradientFactors:
             columns.append(mean.sum(0))
             rotated.append(mean.sqrt().sum())
             plain.append((self._plain[kept].sum(0, dtype=self._dtype) / steps).sqrt().sum() * self._scale)
+        assert self._dead is not None
+        squares = self._plain.sum(0, dtype=self._dtype)
+        shares = (squares.sum(1) / squares.sum(), squares.sum(0) / squares.sum())
+        dead_left, dead_right = (
+            (int(dead.sum()), float(share[dead].sum())) for dead, share in zip(self._dead, shares, strict=True)
+        )
         return MatrixMoments(
             shape=self.shape,
             factor_steps=self._factor_steps,
@@ -141,6 +149,8 @@ class GradientFactors:
             held_right=_array(torch.stack(columns)),
             plain=_array(torch.stack(plain)),
             rotated=_array(torch.stack(rotated)),
+            dead_left=dead_left,
+            dead_right=dead_right,
         )
 
 

@@ -21,8 +21,8 @@ def refuse_sharded_gradients(trainer: Any, who: str) -> None:
     kind = type(trainer.strategy).__name__
     if kind in _SHARDING or "DeepSpeed" in kind:
         raise MisconfigurationException(
-            f"{who} needs whole gradients, and under {kind} each rank has a part of them: run it under DDP or on one device; "
-            "a shorter run of a smaller model says as much"
+            f"{who} needs whole gradients, and under {kind} each rank has a part of them: run it under DDP or on one "
+            "device; a shorter run of a smaller model says as much"
         )
 
 
@@ -40,7 +40,7 @@ def refuse_sharded_parameters(module: nn.Module, who: str) -> None:
 
 
 def own_scale(trainer: Any, optimizer: Any) -> float:
-    """What takes a gradient scaler's scale off the gradients, where the Trainer leaves that to the optimizer; 1 elsewhere."""
+    """What takes a gradient scaler's scale off gradients, where the Trainer leaves that to the optimizer; 1 elsewhere."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0

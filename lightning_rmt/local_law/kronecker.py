@@ -33,6 +33,8 @@ GAIN = 1.4
 """Rotation gain from which a layer is said to gain. Rotating only such layers lost nothing where that was tried."""
 ROUNDING = 1e-12
 """Share of the largest eigenvalue, or moment, below which one is zero."""
+HIDDEN = 1e-9
+"""Share of the held-out moments above which a direction isn't dead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,8 @@ class MatrixMoments:
         held_right: ``v_j'G'Gv_j``, shape (K + 1, n).
         plain: ``J(1, 1)`` of the held-out gradients, shape (K + 1,).
         rotated: ``J(U, V)``, shape (K + 1,).
+        dead_left: rows that are zero in every gradient of the moving averages, and their share of the held-out moments.
+        dead_right: the same of the columns.
     """
 
     shape: tuple[int, int]
@@ -63,6 +67,8 @@ class MatrixMoments:
     held_right: NDArray[np.float64]
     plain: NDArray[np.float64]
     rotated: NDArray[np.float64]
+    dead_left: tuple[int, float] = (0, 0.0)
+    dead_right: tuple[int, float] = (0, 0.0)
 
     @property
     def effective_steps(self) -> float:
@@ -75,12 +81,13 @@ class SideReading:
     """One factor: L for the left side, R for the right one.
 
     Attributes:
-        size: rows (or columns) whose gradient isn't always zero.
+        size: rows (or columns), without directions in which the gradient is always zero.
         effective_samples: equation (2), and its standard error.
         q: ``size / effective_samples``.
-        bias: by how much too small the smaller half of the factor's nonzero eigenvalues is according to the weighted local
-            law (geometric mean, in units of the trace); None where it refuses.
-        bias_held_out: the same, measured on the held-out gradients; None without nonzero eigenvalues.
+        bias: by what factor the smaller half of the factor's nonzero eigenvalues is too small next to the larger half,
+            according to the weighted local law (geometric means, without the outer eighths); None where it refuses.
+        bias_held_out: the same as the held-out gradients have it, which is what sampling *and* the training's drift do; None
+            where an eigenvalue stays alone or is zero there.
         refusal: why there is no ``bias``.
     """
 
@@ -154,7 +161,8 @@ def read_matrix(moments: MatrixMoments) -> MatrixReading:
     gain = _gain([moments])
     assert gain is not None
     sides = ((moments.left, moments.held_left), (moments.right, moments.held_right))
-    left, right = (_side(moments, *sides[i], *sides[1 - i]) for i in (0, 1))
+    left = _side(moments, *sides[0], *sides[1], *moments.dead_left)
+    right = _side(moments, *sides[1], *sides[0], *moments.dead_right)
     return MatrixReading(moments.shape, gain, left, right, moments)
 
 
@@ -176,6 +184,8 @@ def _side(
     own_held: NDArray[np.float64],
     other: NDArray[np.float64],
     other_held: NDArray[np.float64],
+    dead: int,
+    dead_mass: float,
 ) -> SideReading:
     # of a positive semidefinite matrix: negative is rounding
     own, other = own.clip(0) / own.sum(), other.clip(0) / other.sum()
@@ -188,19 +198,55 @@ def _side(
     samples = Estimate(steps * columns.mean, steps * columns.stderr * noisier)
 
     positive = own > ROUNDING * own[-1]
-    # zero in both windows: a dead input, or what the loss can't see, such as a shift of all logits
-    alive = positive | (own_held[0] > ROUNDING * own_held[0].max())
-    half = np.flatnonzero(positive)[: max(int(positive.sum()) // 2, 1)]
-    held_out = _exp(jackknife(np.log(own_held[:, half] / own[half]).mean(axis=1))) if own_held[:, half].all() else None
+    several = int(positive.sum()) > 1
+    held_out = None
+    if several and own_held[:, positive].all():
+        held_out = _exp(jackknife(_skew(np.log(own_held[:, positive] / own[positive]))))
     bias, refusal = None, ""
+    left_out = 0
     try:
-        spectrum = np.sqrt(other * other_held[0])  # whose participation ratio is about the one above
-        levels = np.where(positive, own, 0.0)
+        # a spectrum whose participation ratio is about the one above
+        spectrum = np.where(other > ROUNDING * other[-1], np.sqrt(other * other_held[0]), 0.0)
         weights = MovingAverageWeights(moments.beta, moments.factor_steps, spectrum)
-        cleaned = np.zeros(own.size)
-        cleaned[alive] = clean_weighted(levels[alive], weights)
-        bias = float(np.exp(np.log(cleaned[half] / cleaned.sum() / own[half]).mean()))
+        left_out = _never_seen(positive, own_held[0], weights.count, dead, dead_mass)
+        kept = np.flatnonzero(positive | (np.arange(own.size) >= left_out))
+        cleaned = clean_weighted(np.where(positive, own, 0.0)[kept], weights)[positive[kept]]
+        if several:
+            bias = float(np.exp(_skew(np.log(cleaned / own[positive]))))
+        else:
+            refusal = "a single eigenvalue isn't zero"
     except ValueError as error:
         refusal = f"the local law doesn't apply: {error}"
-    size = int(alive.sum())
+    left_out = left_out or dead
+    size = own.size - left_out
     return SideReading(size, samples, size / samples.mean, bias, held_out, refusal)
+
+
+def _skew(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By how much more the first half of the last axis is than the rest; an eighth at either end is left out.
+
+    There are directions of which few samples know, and a few large ones that the training changes. No medians, since a
+    jackknife doesn't get their errors right.
+    """
+    size = logs.shape[-1]
+    half, end = size // 2, size // 8
+    return np.asarray(logs[..., end:half].mean(axis=-1) - logs[..., half : size - end].mean(axis=-1))
+
+
+def _never_seen(
+    positive: NDArray[np.bool_], held: NDArray[np.float64], columns: float, dead: int, dead_mass: float
+) -> int:
+    """Zero eigenvalues to leave out: of dead rows, and of what the loss can't see (a shift of all logits, say).
+
+    Raises:
+        ValueError: some are zero only because there were few samples, and it can't be told how many.
+    """
+    zeros = int((~positive).sum())
+    if int(positive.sum()) >= columns:  # as many as columns can show: the others are hidden, not absent
+        return dead
+    if zeros > dead and held[~positive].sum() - dead_mass > HIDDEN * held.sum():
+        raise ValueError(
+            f"{zeros - dead} of {positive.size} eigenvalues are zero in the factor and not in what follows it, though "
+            f"{columns:g} columns would show them: a gradient of few samples has a lower rank than its columns"
+        )
+    return zeros

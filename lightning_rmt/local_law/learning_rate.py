@@ -11,8 +11,9 @@ EARLY = 10
 CAVEAT = (
     "measured once, at the beginning, since later on the sharpness adapts to the learning rate in use; over 11 small tasks "
     "(SGD, momentum 0.9) the best learning rate was 0.76 to 6 over lambda_max on ten and 12 on one, and with 2 over "
-    "lambda_max the final loss was 2.2 times that of a tuned one in the geometric mean, 11 times at worst (the best single learning "
-    "rate for all tasks: 5.2, and 100). A place to start, for SGD only: for Adam the same rule does worse than a fixed one"
+    "lambda_max the final loss was 2.2 times that of a tuned one in the geometric mean, 11 times at worst (the best single "
+    "learning rate for all tasks: 5.2, and 100). A place to start, for SGD only: for Adam the same rule does worse than a "
+    "fixed one"
 )
 
 

@@ -16,8 +16,8 @@ _SIDES = ("left", "right")
 def kronecker_scalars(reading: KroneckerReading) -> dict[str, float]:
     """Every number of the reading by tag, ``<name>/kronecker/<layer>/rotation_gain`` and so on.
 
-    ``_stderr`` is one standard error; ``eigenvalue_bias_*`` is by how much too small the smaller half of a factor's
-    eigenvalues is by the local law, ``..._held_out`` as measured.
+    ``_stderr`` is one standard error; ``eigenvalue_bias_*`` is by what factor the smaller half of a factor's
+    eigenvalues is too small by the local law, ``..._held_out`` as measured.
     """
     prefix = f"{reading.name}/kronecker"
     found: dict[str, float] = {f"{prefix}/not_finite_steps": float(reading.not_finite)}
