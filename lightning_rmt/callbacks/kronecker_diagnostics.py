@@ -199,7 +199,7 @@ class KroneckerDiagnostics(*callback_bases()):  # type: ignore[misc]
         window, self._window = self._window, None
         assert window is not None
         every = self.every_n_steps
-        self._due = None if every is None else (window.begin // every + 1) * every
+        self._due = None if every is None else -(-current_step(trainer) // every) * every
         notes = (CLIPPED,) if trainer.gradient_clip_val else ()
 
         def finish() -> None:

@@ -26,7 +26,10 @@ def weight_matrices(
     """
     found: dict[str, Tensor] = {}
     skipped: dict[str, str] = {}
-    owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
+    owners: dict[int, list[nn.Module]] = {}
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(owner)  # several of a tied one
     for name, parameter in module.named_parameters():
         if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
@@ -35,8 +38,9 @@ def weight_matrices(
         else:
             found[name] = parameter
     kept, left = {}, max_bytes
-    for name in sorted(found, key=lambda name: found[name].numel()):
-        left -= cost(matrix_shape(found[name]))
+    costs = {name: cost(matrix_shape(parameter)) for name, parameter in found.items()}
+    for name in sorted(found, key=lambda name: costs[name]):
+        left -= costs[name]
         if left < 0:
             skipped[name] = f"no room within max_memory_mib={max_bytes / 2**20:g}"
         else:
@@ -54,16 +58,16 @@ def matrix_shape(parameter: Tensor) -> tuple[int, int]:
     return parameter.shape[0], math.prod(parameter.shape[1:])
 
 
-def _no_matrix(parameter: Tensor, owner: nn.Module, max_dim: int) -> str | None:
+def _no_matrix(parameter: Tensor, owners: list[nn.Module], max_dim: int) -> str | None:
     if not parameter.requires_grad:
         return "frozen"
     if parameter.ndim < 2:
         return "a vector: no basis to rotate to"
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+    if any(isinstance(owner, (nn.Embedding, nn.EmbeddingBag)) for owner in owners):
         return "an embedding: its rows are seldom in a batch, and there was nothing to gain (1.1) where it was measured"
     if parameter.is_complex():
         return "complex"
-    if parameter.ndim > 2 and not isinstance(owner, _ConvNd):
+    if parameter.ndim > 2 and not any(isinstance(owner, _ConvNd) for owner in owners):
         return f"of {parameter.ndim} dimensions, and not a convolution's: no one way to see a matrix in it"
     rows, columns = matrix_shape(parameter)
     if min(rows, columns) < 2:

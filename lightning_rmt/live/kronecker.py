@@ -47,7 +47,7 @@ class FactorWindow:
             settings.max_memory_mib * 2**20,
             GradientFactors.bytes_needed,
         )
-        self.begin, self._name = begin, name
+        self._name = name
         self._needed = settings.factor_steps + settings.held_out_steps
         self._layers = {id(parameter): layer for layer, parameter in matrices.items()}
         self._factors = {

@@ -66,11 +66,8 @@ def kronecker_verdict(reading: KroneckerReading) -> str:
             f"coordinates do; the largest gain is {_named(reading, by_gain[:1])}"
         )
     unsure = f"; undecided: {_named(reading, words['undecided'])}" if words["undecided"] else ""
-    rest = (
-        f"; less than {limit}: {_named(reading, words['gains nothing'])}"
-        if words["gains"] and words["gains nothing"]
-        else ""
-    )
+    others = words["gains nothing"] if words["gains"] or words["undecided"] else []
+    rest = f"; less than {limit}: {_named(reading, others)}" if others else ""
     tail = (
         " A gain is by how much smaller the constant in the regret bound is than Adam's, no speed-up of as much: at equal "
         "CPU time SOAP clearly beat AdamW on two of five small tasks, and on a third in test loss only; Muon is cheaper, "
