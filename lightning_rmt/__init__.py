@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_rmt.callbacks.kronecker_diagnostics import KroneckerDiagnostics as KroneckerDiagnostics
     from lightning_rmt.callbacks.spectrum_monitor import SpectrumMonitor as SpectrumMonitor
     from lightning_rmt.curvature.gauss_newton import GaussNewton as GaussNewton
     from lightning_rmt.curvature.gradient_covariance import GradientCovariance as GradientCovariance
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SpectrumMonitor": "callbacks.spectrum_monitor",
+    "KroneckerDiagnostics": "callbacks.kronecker_diagnostics",
     "Hessian": "curvature.hessian",
     "FiniteDifferenceHessian": "curvature.finite_difference",
     "GaussNewton": "curvature.gauss_newton",

@@ -41,7 +41,7 @@ def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: Output
     )
 
 
-def refuse_unmatched_parameters(module: Any, parameters: Sequence[str]) -> None:
+def refuse_unmatched_parameters(module: Any, parameters: Sequence[str], who: str = "SpectrumMonitor") -> None:
     """Refuses name patterns with a slip in them before the first step, rather than at every probe.
 
     Patterns of frozen parameters pass: a callback may unfreeze them later.
@@ -55,7 +55,7 @@ def refuse_unmatched_parameters(module: Any, parameters: Sequence[str]) -> None:
         try:
             select_parameters(named, unmatched)
         except ValueError as error:  # its message names what comes close
-            raise MisconfigurationException(f"SpectrumMonitor(parameters={list(parameters)}): {error}") from error
+            raise MisconfigurationException(f"{who}(parameters={list(parameters)}): {error}") from error
 
 
 def build_operator(
