@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_rmt.levels.edge import edge_statistics as edge_statistics
     from lightning_rmt.levels.statistics import LevelStatistics as LevelStatistics
     from lightning_rmt.levels.statistics import level_statistics as level_statistics
+    from lightning_rmt.optim.spectral_preconditioner import SpectralPreconditioner as SpectralPreconditioner
     from lightning_rmt.probe import estimate_spectrum as estimate_spectrum
     from lightning_rmt.reading import Reading as Reading
     from lightning_rmt.spectra.spectrum import Spectrum as Spectrum
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOME = {
     "SpectrumMonitor": "callbacks.spectrum_monitor",
     "KroneckerDiagnostics": "callbacks.kronecker_diagnostics",
+    "SpectralPreconditioner": "optim.spectral_preconditioner",
     "Hessian": "curvature.hessian",
     "FiniteDifferenceHessian": "curvature.finite_difference",
     "GaussNewton": "curvature.gauss_newton",

@@ -19,7 +19,7 @@ from lightning_rmt.krylov.collectives import LostRankError
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
 from lightning_rmt.live.loss import refuse_unusable_loss
-from lightning_rmt.live.measurement import LiveMeasurement, measure_live
+from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
@@ -403,6 +403,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._checked, self._learned = True, probed.learned
         seconds = time.perf_counter() - begin
         check = probed.measurement.check
+        step_samples = probed.samples / probed.batches * trainer.accumulate_grad_batches
+        population = max(dataset_size(trainer), step_samples, probed.samples)
         reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
@@ -422,8 +424,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             product_error=probed.product_error,
             levels=probed.levels,
             blocks=probed.blocks,
-            noise=None if probed.noise is None else probed.noise.at(*self._training_batch(trainer, probed)),
-            curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples),
+            noise=None if probed.noise is None else probed.noise.at(step_samples, population),
+            curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples, population),
         )
         if speed == "light":
             self.light_reading = reading
@@ -433,12 +435,6 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         if trainer.is_global_zero:
             self._write(trainer, reading)
         return reading.seconds
-
-    @staticmethod
-    def _training_batch(trainer: Any, probed: LiveMeasurement) -> tuple[float, float]:
-        """Samples in an optimizer step, over all ranks, and in the data."""
-        size = probed.samples / probed.batches * trainer.accumulate_grad_batches
-        return size, max(dataset_size(trainer), size)
 
     @property
     def _light_ends(self) -> LightEnds:

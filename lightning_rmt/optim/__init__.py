@@ -1,0 +1,1 @@
+"""Optimizers that use what a probe measured. Torch only: works in any training loop."""
