@@ -37,7 +37,7 @@ def best(matrix, steps, **settings):
 
 
 def test_an_ill_conditioned_quadratic_converges_at_the_bulks_pace():
-    """Condition 1000, of which outliers make 100. Measured after 60 steps: 25 and 2e-10; 120 with momentum: 1.4e-2 and 3e-4."""
+    """Condition 1000, of which outliers make 100. After 60 steps: 25 and 2e-10; 120 with momentum: 1.4e-2 and 3e-4."""
     matrix = spiked(200)[0]
     assert best(matrix, 60) < 1e-6 * best(matrix, 60, spectral=False)
     assert best(matrix, 120, momentum=0.9) < 0.2 * best(matrix, 120, momentum=0.9, spectral=False)
