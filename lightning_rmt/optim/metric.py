@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rmt.curvature.parameters import ParameterBlock
-from lightning_rmt.krylov.lanczos import SymmetricOperator, shards_of, product_noise
+from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise, shards_of
 
 Metric = Literal["auto", "adam", "identity"]
 METRICS: tuple[Metric, ...] = ("auto", "adam", "identity")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -306,7 +308,7 @@ def test_what_doesnt_fit_is_explained():
         optimizer.update(spectrum, nowhere, parameters=other)
 
     class Spread(Matrix):
-        shards = object()
+        shards = SimpleNamespace(local_size=100)
 
     with pytest.raises(ValueError, match="spread over processes; build it with sharded=False"):
         optimizer.refresh(Spread(matrix))
