@@ -140,12 +140,12 @@ class KroneckerReport:
     def log_learning_rate(
         self, loggers: Iterable[Any], name: str, rate: float | None, sentence: str, step: int
     ) -> None:
-        """Writes a suggestion for the learning rate, or why there is none; once.
+        """Writes a suggestion for the learning rate, or why there is none; only rank 0 does anything.
 
         Raises:
             Exception: as `log`.
         """
-        if not _is_rank_zero() or not self._is_new(f"{name}/suggested_lr"):
+        if not _is_rank_zero():
             return
         text = f"suggested learning rate {number(rate)}: {sentence}" if rate is not None else sentence
         _say(f"{name}/suggested_lr, step {step}: {text}")

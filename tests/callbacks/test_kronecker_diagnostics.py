@@ -434,9 +434,10 @@ def test_a_failure_is_a_warning_and_the_training_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(GradientFactors, "add", fails)
     watch = diagnostics(on_error="warn")
-    with pytest.warns(UserWarning, match=r"could not take gradients and is off now.*RuntimeError: out of luck"):
-        trainer = fit(watch, tmp_path)
-    assert trainer.global_step == 24
+    with pytest.warns(UserWarning, match=r"could not take gradients and is off now.*RuntimeError: out of luck") as told:
+        trainer = fit(watch, tmp_path, data=loader(44))
+    assert sum("KroneckerDiagnostics" in str(warning.message) for warning in told) == 1
+    assert trainer.global_step == 44
     assert watch.reading is None
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(diagnostics(), tmp_path)
@@ -462,3 +463,10 @@ def test_nothing_of_the_module_is_kept(tmp_path):
     again = fit(watch, tmp_path)  # and it watches a second training afresh
     assert [reading.step for reading in watch.history] == [19]
     assert len(texts(events(again.log_dir), "rmt/kronecker/notes")) == 1
+
+
+def test_parameters_that_the_module_shards_itself_are_refused(tmp_path):
+    module = Module()
+    module.net[2].weight._local_tensor = None  # what a DTensor has
+    with pytest.raises(MisconfigurationException, match=r"net\.2\.weight is sharded \(DTensor\)"):
+        fit(diagnostics(), tmp_path, module)
