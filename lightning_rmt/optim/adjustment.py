@@ -21,8 +21,8 @@ def change(ratio: float, limit: float, deadband: tuple[float, float] = (1.0, 1.0
     """Factor for the damping.
 
     Args:
-        ratio: r; at or below 0 the direction has negative curvature, and the damping shrinks by the limit and no more. Not a
-            number counts as far too small a damping: the step left every scale.
+        ratio: r. Negative curvature counts by its size: below -1 it outweighs the slope, and the step is too long as well;
+            between -1 and 0 the damping shrinks by the limit at most. Not a number counts as far too small a damping.
         limit: largest factor, and the inverse of the smallest.
         deadband: ratios that are right as they are.
     """
@@ -30,7 +30,7 @@ def change(ratio: float, limit: float, deadband: tuple[float, float] = (1.0, 1.0
         return limit
     if deadband[0] <= ratio <= deadband[1]:
         return 1.0
-    return min(max(ratio, 1 / limit), limit)
+    return min(max(abs(ratio), 1 / limit), limit)
 
 
 def smoothed(before: float, after: float, keep: float) -> float:
@@ -46,15 +46,21 @@ def trust_change(reduction: float, limit: float) -> float:
 
 
 class RootSearch:
-    """The damping at which the ratio is one, by steps of at most `WIDE` and then between two that bracket it.
+    """The largest damping with the ratio one: up in steps of `WIDE` until it is too large, then down between the two.
 
-    In logarithms, false position and bisection in turn: the ratio falls like some power of the damping that isn't known, and
-    ``damping * ratio`` alone would swing for ever where it is the second.
+    From above, since the ratio may stay near one over decades of dampings on the way down (where the curvature itself, and
+    not the damping, sets the step), of which the largest is the safest. In logarithms, false position and bisection in
+    turn: the ratio falls like some power of the damping that isn't known, and ``damping * ratio`` alone would swing for ever
+    where it is the second.
+
+    Args:
+        deadband: ratios to be content with where no smaller damping was seen to be too small.
     """
 
-    def __init__(self) -> None:
-        self._small: tuple[float, float] | None = None  # log damping, log ratio > 0
-        self._large: tuple[float, float] | None = None
+    def __init__(self, deadband: tuple[float, float]) -> None:
+        self._deadband = deadband
+        self._small: tuple[float, float] | None = None  # log damping, log |ratio| > 0
+        self._large: tuple[float, float] | None = None  # log damping, log |ratio| < 0
         self._halve = False
 
     def following(self, damping: float, ratio: float) -> float | None:
@@ -62,25 +68,29 @@ class RootSearch:
 
         Args:
             damping: that was tried.
-            ratio: measured with it. At or below 0 it ends the search: along negative curvature no damping is right.
+            ratio: measured with it.
         """
-        if ratio <= 0:
-            return None
-        here = math.log(damping), math.log(ratio) if math.isfinite(ratio) else math.inf
-        if abs(here[1]) < TOLERANCE:
-            return None
-        if here[1] > 0:
+        size = math.inf if math.isnan(ratio) else abs(ratio)
+        if -1 <= ratio <= 0:  # between directions that curve up and down: up it goes, but not down
+            return damping * WIDE if self._large is None else None
+        here = math.log(damping), math.log(size)
+        low, high = self._deadband
+        if self._large is None and size >= low:
+            if size > 1:
+                self._small = here
+            return damping * WIDE
+        if size > 1:
             self._small = here
         else:
             self._large = here
-        if self._small is None or self._large is None:
-            return damping * change(ratio, WIDE)
-        return self._between()
+        if abs(here[1]) < TOLERANCE or (self._small is None and low <= size <= high):
+            return None
+        return self._between() if self._small is not None else damping * change(size, WIDE)
 
     def _between(self) -> float:
         assert self._small is not None
         assert self._large is not None
-        (low, above), (high, below) = self._small, self._large
+        (bottom, above), (top, below) = self._small, self._large
         self._halve = not self._halve
         share = above / (above - below) if self._halve and math.isfinite(above) else 0.5
-        return math.exp(low + share * (high - low))
+        return math.exp(bottom + share * (top - bottom))

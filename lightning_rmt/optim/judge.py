@@ -82,15 +82,16 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[float, float]:
         NoCalibrationError: the step can't be judged, or doesn't depend on the damping.
     """
     state, settings = knob.state, knob.settings
-    start, search = state.damping, RootSearch()
+    start, search = state.damping, RootSearch(settings.deadband)
     tried: list[Ratio] = []
+    last = start
     state.started = True
     while state.first_products > 0:
         state.first_products -= 1
         tried.append(look.ratio(asked.held_out))
-        ratio = tried[-1].value
+        ratio, last = tried[-1].value, state.damping
         if asked.retake is None:
-            if ratio <= 0 or settings.deadband[0] <= ratio <= settings.deadband[1]:
+            if abs(ratio) <= settings.deadband[1] and not 0 < ratio < settings.deadband[0]:
                 state.first_products = 0
                 return ratio, state.damping
             return ratio, state.damping * change(ratio, WIDE)
@@ -100,12 +101,14 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[float, float]:
             break
         _retake(knob, look, asked.retake, following)
     state.first_products = 0
-    if len(tried) > 2 and all(same_direction(tried[0].direction, other.direction) for other in tried[1:]):
-        assert asked.retake is not None
+    if asked.retake is not None and tried[-1].value <= 0:
+        _retake(knob, look, asked.retake, start)
+        raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
+    if asked.retake is not None and len(tried) > 2 and all(same_direction(tried[0], other) for other in tried[1:]):
         _retake(knob, look, asked.retake, start)
         raise NoCalibrationError(
-            f"the step is the same with dampings from {min(start, following or start):.3g} to "
-            f"{max(start, following or start):.3g}: the optimizer doesn't use this number, or only every so many steps"
+            f"the step is the same with a damping of {start:.3g} and {last:.3g}: the optimizer doesn't use this "
+            "number, or only every so many steps"
         )
     return tried[-1].value, state.damping
 

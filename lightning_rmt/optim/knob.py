@@ -76,9 +76,7 @@ class Knob:
             RuntimeError: none is.
         """
         if self._optimizer is None:
-            raise RuntimeError(
-                "no optimizer yet: call controller.attach(optimizer) before the first step"
-            )
+            raise RuntimeError("no optimizer yet: call controller.attach(optimizer) before the first step")
         return self._optimizer
 
     @property

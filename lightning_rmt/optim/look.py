@@ -18,7 +18,7 @@ class Ratio(NamedTuple):
     """A held-out measurement.
 
     Attributes:
-        value: r; infinite where the step isn't finite.
+        value: r; infinite where the step isn't finite, or goes uphill without momentum.
         direction: along which.
     """
 
@@ -50,15 +50,15 @@ class Look:
         """``r = d'H d / (-g.d)`` for a learning rate of one, H of the held-out loss before the step.
 
         Raises:
-            NoCalibrationError: some rank can't say, or the step doesn't go downhill.
+            NoCalibrationError: some rank can't say, or momentum takes the step uphill.
         """
         reason: NoCalibrationError | None = None
         curvature, direction = math.nan, None
         try:
             if held_out is None:
                 raise NoCalibrationError("no loss of an independent batch was given")
-            direction = self.taken.direction()
-            if math.isfinite(direction.rate_one):
+            direction = self.taken.proposed()
+            if math.isfinite(direction.length):
                 self.products += 1
                 curvature = self.taken.curvature(held_out, direction.unit)
         except NoCalibrationError as error:
@@ -67,7 +67,9 @@ class Look:
         curvature, slope, failed = self._mean([curvature, slope, float(reason is not None)])
         if failed or direction is None:
             raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
-        if not math.isfinite(direction.rate_one):
+        if not math.isfinite(direction.length):
+            return Ratio(math.inf, direction)
+        if slope >= 0 and direction.pure:  # damped curvature that isn't positive makes such steps
             return Ratio(math.inf, direction)
         if not slope < 0:
             raise NoCalibrationError(
@@ -75,7 +77,7 @@ class Look:
             )
         if math.isnan(curvature):
             raise NoCalibrationError("the curvature along the step isn't a number")
-        return Ratio(direction.rate_one * curvature / -slope, direction)
+        return Ratio(direction.length * curvature / -slope, direction)
 
     def losses(self, loss: LossFunction, before: Tensor | float | None) -> tuple[float, float]:
         """The step's own batch's loss before and after it; taken once.
@@ -110,7 +112,7 @@ class Look:
         reason: NoCalibrationError | None = None
         predicted = math.nan
         try:
-            direction = self.taken.direction()
+            direction = self.taken.applied()
             if math.isfinite(direction.length):
                 self.products += 1
                 curvature = self.taken.curvature(loss, direction.unit)
@@ -127,6 +129,6 @@ class Look:
         return mean_over_ranks(numbers, self._group, self.taken.device)
 
 
-def same_direction(one: Direction, other: Direction) -> bool:
+def same_direction(one: Ratio, other: Ratio) -> bool:
     """Whether two steps are the same bit for bit."""
-    return one.rate_one == other.rate_one and torch.equal(one.unit, other.unit)
+    return one.direction.length == other.direction.length and torch.equal(one.direction.unit, other.direction.unit)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+#: Where heavy-ball momentum is kept, as in torch's SGD.
+HEAVY_BALL = "momentum_buffer"
 #: Names under which optimizers keep their first moment.
-MOMENTUM_KEYS = ("momentum_buffer", "exp_avg", "momentum")
+MOMENTUM_KEYS = (HEAVY_BALL, "exp_avg", "momentum")
 
 
 def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -29,11 +30,13 @@ class Snapshot:
 
     Attributes:
         weights: clones, in the order of `optimizer_parameters`.
+        momenta: the momentum buffers likewise, None for a parameter without one.
     """
 
     def __init__(self, optimizer: Optimizer, *, state: bool) -> None:
         self._optimizer = optimizer
         self.weights = [p.detach().clone() for p in optimizer_parameters(optimizer)]
+        self.momenta = [_copied(buffer) for buffer in momentum_buffers(optimizer)]
         self._state = {key: _copied(entry) for key, entry in optimizer.state.items()} if state else None
 
     @torch.no_grad()
@@ -45,6 +48,13 @@ class Snapshot:
             _put_back(self._optimizer.state, self._state)
 
 
+def momentum_buffers(optimizer: Optimizer) -> list[Tensor | None]:
+    """``state[p]["momentum_buffer"]`` of every parameter, None where there is none like the parameter."""
+    found = [optimizer.state.get(p, {}).get(HEAVY_BALL) for p in optimizer_parameters(optimizer)]
+    parameters = optimizer_parameters(optimizer)
+    return [m if isinstance(m, Tensor) and m.shape == p.shape else None for m, p in zip(found, parameters, strict=True)]
+
+
 @torch.no_grad()
 def halve_momentum(optimizer: Optimizer) -> None:
     """Halves every first moment of the optimizer's state that goes by a usual name."""
@@ -54,18 +64,6 @@ def halve_momentum(optimizer: Optimizer) -> None:
         for key in MOMENTUM_KEYS:
             if isinstance(entry.get(key), Tensor) and entry[key].is_floating_point():
                 entry[key].mul_(0.5)
-
-
-def state_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from state_tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from state_tensors(item)
 
 
 def _copied(value: Any) -> Any:

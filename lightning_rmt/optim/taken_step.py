@@ -16,9 +16,11 @@ from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.parameters import ParameterBlock
 from lightning_rmt.curvature.randomness import RandomState
 from lightning_rmt.optim.errors import NoCalibrationError
-from lightning_rmt.optim.snapshot import Snapshot, optimizer_parameters
+from lightning_rmt.optim.snapshot import Snapshot, momentum_buffers, optimizer_parameters
 from lightning_rmt.optim.targets import Target
 
+#: Relative difference up to which a step and a momentum buffer are the same.
+SAME_STEP = 0.02
 #: Returns a mean loss as a scalar tensor with its graph; runs no backward pass.
 LossFunction: TypeAlias = Callable[[], Tensor]
 
@@ -28,15 +30,15 @@ class Direction(NamedTuple):
 
     Attributes:
         unit: flat unit vector.
-        length: of the step as it was applied.
-        rate_one: length of the step with the learning rates divided out.
+        length: of what it is the direction of.
         slope: gradient along the unit vector; negative downhill.
+        pure: whether momentum of earlier steps is out of it, or there was none.
     """
 
     unit: Tensor
     length: float
-    rate_one: float
     slope: float
+    pure: bool
 
 
 class TakenStep:
@@ -51,7 +53,8 @@ class TakenStep:
 
     def __init__(self, optimizer: Optimizer, target: Target, *, undo: bool, buffers: Iterable[Tensor] = ()) -> None:
         self._optimizer = optimizer
-        self._places = _places(optimizer, target)
+        self._rates = _per_parameter(optimizer, target, "lr", 1.0)
+        self._decay = _per_parameter(optimizer, target, "momentum", 0.0)
         self.before = Snapshot(optimizer, state=undo)
         self.buffers = list(buffers)
         self._gradients: list[Tensor | None] | None = None
@@ -67,43 +70,63 @@ class TakenStep:
             parameters = optimizer_parameters(self._optimizer)
             self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in parameters]
 
-    def direction(self) -> Direction:
-        """The direction from before to where the weights are now.
+    def applied(self) -> Direction:
+        """From the weights before to the weights now.
 
         Raises:
-            NoCalibrationError: the gradients are missing, sparse or not finite, a learning rate is 0, or nothing moved.
+            NoCalibrationError: the gradients are missing, sparse or not finite, or nothing moved.
         """
+        return self._direction(self._moves(), pure=False)
+
+    def proposed(self) -> Direction:
+        """What the damped curvature made of this gradient: the step for a learning rate of one, without earlier momentum.
+
+        A step with momentum is mostly earlier ones, with other gradients on other batches; how long it is says little about
+        the damping. Heavy-ball momentum is taken out where the weights show that the step is minus the learning rate times
+        the buffer: what remains is ``buffer - momentum * earlier buffer``. Of any other the applied step is taken.
+
+        Raises:
+            NoCalibrationError: as `applied`, or a learning rate is 0.
+        """
+        if any(rate == 0 for rate in self._rates.values()):
+            raise NoCalibrationError("a learning rate is 0: there is no step to judge")
+        after = momentum_buffers(self._optimizer)
+        moves, pure = self._moves(), True
+        for i, rate in self._rates.items():
+            move, now, earlier = moves[i] / rate, after[i], self.before.momenta[i]
+            if earlier is not None and now is not None:
+                if _near(-now, move):
+                    move = self._decay[i] * earlier - now
+                else:
+                    pure = False
+            moves[i] = move
+        return self._direction(moves, pure)
+
+    def _moves(self) -> dict[int, Tensor]:
+        parameters = optimizer_parameters(self._optimizer)
+        return {i: parameters[i].detach() - self.before.weights[i] for i in self._rates}
+
+    def _direction(self, moves: dict[int, Tensor], pure: bool) -> Direction:
         self.keep_gradients()
         assert self._gradients is not None
-        parameters = optimizer_parameters(self._optimizer)
-        block = self._block(parameters)
-        gradients = [self._gradients[i] for i in self._places]
+        gradients = [self._gradients[i] for i in self._rates]
         if any(g is not None and g.layout != torch.strided for g in gradients):
             raise NoCalibrationError("a gradient is sparse: the damping is left as it is (sparse=False makes it dense)")
         if all(g is None for g in gradients):
             raise NoCalibrationError(
                 "no parameter that the damping is for has a gradient: call this after backward() and before zero_grad()"
             )
-        steps: list[Tensor | None] = []
-        scaled: list[Tensor | None] = []
-        for i, rate in self._places.items():
-            if rate == 0:
-                raise NoCalibrationError("a learning rate is 0: there is no step to judge")
-            step = parameters[i].detach() - self.before.weights[i]
-            steps.append(step)
-            scaled.append(step / rate)
-        applied, flat = block.flatten(steps), block.flatten(scaled)
-        gradient = block.flatten(gradients)
-        rate_one = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+        block = self._block()
+        flat, gradient = block.flatten(list(moves.values())), block.flatten(gradients)
         if not bool(torch.isfinite(gradient).all()):
             raise NoCalibrationError("the gradient isn't finite")
-        if rate_one == 0:
+        length = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+        if length == 0:
             raise NoCalibrationError("the step changed no weight")
-        if not math.isfinite(rate_one):
-            return Direction(flat, rate_one, rate_one, math.nan)
-        unit = flat / rate_one
-        length = float(torch.linalg.vector_norm(applied, dtype=torch.float64))
-        return Direction(unit, length, rate_one, float(gradient.double() @ unit.double()))
+        if not math.isfinite(length):
+            return Direction(flat, length, math.nan, pure)
+        unit = flat / length
+        return Direction(unit, length, float(gradient.double() @ unit.double()), pure)
 
     def curvature(self, loss: LossFunction, unit: Tensor) -> float:
         """``u'H u`` of this loss at the weights before the step: one product.
@@ -111,8 +134,7 @@ class TakenStep:
         Raises:
             NoCalibrationError: there is no such number; the reason is that of the curvature operator.
         """
-        parameters = optimizer_parameters(self._optimizer)
-        block = self._block(parameters)
+        block = self._block()
         with self.at_start(), self.aside():
             try:
                 with Hessian(lambda _: loss(), block.tensors, [None]) as hessian:
@@ -160,8 +182,9 @@ class TakenStep:
             else:
                 _fill([p.grad], [gradient])
 
-    def _block(self, parameters: list[Tensor]) -> ParameterBlock:
-        return ParameterBlock([parameters[i] for i in self._places])
+    def _block(self) -> ParameterBlock:
+        parameters = optimizer_parameters(self._optimizer)
+        return ParameterBlock([parameters[i] for i in self._rates])
 
 
 def check_parameters(optimizer: Optimizer, target: Target) -> None:
@@ -170,18 +193,23 @@ def check_parameters(optimizer: Optimizer, target: Target) -> None:
     Raises:
         ValueError: there isn't.
     """
-    if not _places(optimizer, target):
+    if not _per_parameter(optimizer, target, "lr", 1.0):
         raise ValueError(
             "every parameter in the groups that this damping is for is frozen (requires_grad=False): unfreeze one, or "
             "attach the controller to another optimizer"
         )
 
 
-def _places(optimizer: Optimizer, target: Target) -> dict[int, float]:
-    """Positions of the trainable parameters that the damping is for, with their learning rates."""
-    rates = {id(p): float(group.get("lr", 1.0)) for group in target.groups(optimizer) for p in group["params"]}
+def _per_parameter(optimizer: Optimizer, target: Target, key: str, default: float) -> dict[int, float]:
+    """A number of its group for every trainable parameter that the damping is for, by position."""
+    numbers = {id(p): float(group.get(key, default)) for group in target.groups(optimizer) for p in group["params"]}
     parameters = enumerate(optimizer_parameters(optimizer))
-    return {i: rates[id(p)] for i, p in parameters if id(p) in rates and p.requires_grad}
+    return {i: numbers[id(p)] for i, p in parameters if id(p) in numbers and p.requires_grad}
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether they agree as far as a step can be read off rounded weights."""
+    return bool((one - other).norm() <= SAME_STEP * other.norm())
 
 
 @torch.no_grad()

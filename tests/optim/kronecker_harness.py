@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import nn
 
 
 class KroneckerSGD(torch.optim.Optimizer):
-    """Momentum on ``(A x G + damping)^-1 gradient`` per linear layer, exactly in the factors' eigenbasis.
+    """Momentum on ``(A + pi sqrt(damping))^-1 gradient (G + sqrt(damping) / pi)^-1`` per linear layer (Martens, Grosse 2015).
 
     Everything that changes is in ``state``, under the layer's weight.
     """
@@ -32,7 +34,7 @@ class KroneckerSGD(torch.optim.Optimizer):
         outputs = [self._outputs[layer] for layer in self.layers]
         gradients = torch.autograd.grad(sampled_loss, outputs, retain_graph=True)
         with torch.no_grad():
-            for layer, gradient in zip(self.layers, gradients):
+            for layer, gradient in zip(self.layers, gradients, strict=True):
                 entry = self.state[layer.weight]
                 a = torch.cat([self._inputs[layer], torch.ones(count, 1)], dim=1)
                 A, G = a.T @ a / count, gradient.T @ gradient * count
@@ -53,12 +55,15 @@ class KroneckerSGD(torch.optim.Optimizer):
         for layer in self.layers:
             entry = self.state[layer.weight]
             g = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
-            curvature = entry["lG"].clamp_min(0)[:, None] * entry["lA"].clamp_min(0)[None] + group["damping"]
+            lA, lG = entry["lA"].clamp_min(0), entry["lG"].clamp_min(0)
+            pi = torch.sqrt((lA.mean() / lG.mean()).nan_to_num(1.0, 1.0).clamp(1e-3, 1e3))
+            root = math.sqrt(group["damping"])
+            curvature = (lG[:, None] + root / pi) * (lA[None] + root * pi)
             g = entry["UG"] @ ((entry["UG"].T @ g @ entry["UA"]) / curvature) @ entry["UA"].T
-            momentum = entry.setdefault("momentum_buffer", torch.zeros_like(g))
-            momentum.mul_(group["momentum"]).add_(g)
-            layer.weight.sub_(group["lr"] * momentum[:, :-1])
-            layer.bias.sub_(group["lr"] * momentum[:, -1])
+            for p, part in ((layer.weight, g[:, :-1]), (layer.bias, g[:, -1])):
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(part)
+                p.sub_(group["lr"] * momentum)
 
 
 def digits():
@@ -75,7 +80,7 @@ class Task:
         self.random = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         widths = (64, 48, 16, 8, 16, 48, 64) if kind == "autoencoder" else (64, 64, 32, 10)
-        layers = [piece for a, b in zip(widths, widths[1:]) for piece in (nn.Linear(a, b), nn.Tanh())]
+        layers = [piece for a, b in itertools.pairwise(widths) for piece in (nn.Linear(a, b), nn.Tanh())]
         self.model = nn.Sequential(*layers[:-1])
 
     def batch(self, size=128):
@@ -83,13 +88,13 @@ class Task:
 
     def loss(self, rows, output=None):
         output = self.model(self.x[rows]) if output is None else output
-        if self.kind == "autoencoder":  # squared error per sample, halved: its own Fisher matrix with unit variance
-            return ((output - self.x[rows]) ** 2).sum(1).mean() / 2
+        if self.kind == "autoencoder":
+            return F.mse_loss(output, self.x[rows])
         return F.cross_entropy(output, self.y[rows])
 
     def sampled_loss(self, output):
         if self.kind == "autoencoder":
-            noise = torch.randn(output.shape, generator=self.random)
+            noise = torch.randn(output.shape, generator=self.random) * math.sqrt(2 / output.shape[1])
             return (output * noise).sum(1).mean()
         drawn = torch.multinomial(output.detach().softmax(1), 1, generator=self.random)[:, 0]
         return F.cross_entropy(output, drawn)
@@ -110,7 +115,7 @@ def train(kind, damping, steps, lr, seed=0, controller=None, momentum=0.9, batch
         rows, others = task.batch(batch), task.batch(batch)
         output = task.model(task.x[rows])
         loss = task.loss(rows, output)
-        if not math.isfinite(loss) and controller is None:
+        if not math.isfinite(loss.item()) and controller is None:
             break
         optimizer.zero_grad()
         optimizer.observe(task.sampled_loss(output), len(rows))
@@ -118,5 +123,5 @@ def train(kind, damping, steps, lr, seed=0, controller=None, momentum=0.9, batch
         if controller is None:
             optimizer.step()
         else:
-            controller.step(lambda: task.loss(rows), lambda: task.loss(others), before=loss)
+            controller.step(partial(task.loss, rows), partial(task.loss, others), before=loss)
     return task.final(), optimizer.param_groups[0]["damping"]
