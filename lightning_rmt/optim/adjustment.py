@@ -13,6 +13,8 @@ WIDE = 10.0
 FIRST_PRODUCTS = 24
 #: It ends where the ratio is this near to one.
 TOLERANCE = 0.01
+#: Ratios count as at least this in logarithms.
+MINUTE = 1e-12
 #: Levenberg-Marquardt: below the first share of the predicted reduction the trust part grows, above the second it shrinks.
 TRUST = (0.25, 0.75)
 
@@ -21,14 +23,14 @@ def change(ratio: float, limit: float, deadband: tuple[float, float] = (1.0, 1.0
     """Factor for the damping.
 
     Args:
-        ratio: r. Negative curvature counts by its size: below -1 it outweighs the slope, and the step is too long as well;
-            between -1 and 0 the damping shrinks by the limit at most. Not a number counts as far too small a damping.
+        ratio: r. Negative curvature never shrinks a damping: below -1 it outweighs the slope, and the step is too long by
+            its size; from -1 to 0 there is nothing to go by. Not a number counts as far too small a damping.
         limit: largest factor, and the inverse of the smallest.
         deadband: ratios that are right as they are.
     """
     if math.isnan(ratio):
         return limit
-    if deadband[0] <= ratio <= deadband[1]:
+    if deadband[0] <= ratio <= deadband[1] or -1 <= ratio <= 0:
         return 1.0
     return min(max(abs(ratio), 1 / limit), limit)
 
@@ -53,6 +55,9 @@ class RootSearch:
     turn: the ratio falls like some power of the damping that isn't known, and ``damping * ratio`` alone would swing for ever
     where it is the second.
 
+    Negative curvature counts by its size. Where that is below one the ratio may be on its way from one sign to the other, so
+    a second damping is tried before it is believed.
+
     Args:
         deadband: ratios to be content with where no smaller damping was seen to be too small.
     """
@@ -61,6 +66,7 @@ class RootSearch:
         self._deadband = deadband
         self._small: tuple[float, float] | None = None  # log damping, log |ratio| > 0
         self._large: tuple[float, float] | None = None  # log damping, log |ratio| < 0
+        self._doubted: tuple[float, float] | None = None
         self._halve = False
 
     def following(self, damping: float, ratio: float) -> float | None:
@@ -70,16 +76,20 @@ class RootSearch:
             damping: that was tried.
             ratio: measured with it.
         """
-        size = math.inf if math.isnan(ratio) else abs(ratio)
-        if -1 <= ratio <= 0:  # between directions that curve up and down: up it goes, but not down
-            return damping * WIDE if self._large is None else None
+        size = math.inf if math.isnan(ratio) else max(abs(ratio), MINUTE)
         here = math.log(damping), math.log(size)
         low, high = self._deadband
-        if self._large is None and size >= low:
-            if size > 1:
-                self._small = here
-            return damping * WIDE
-        if size > 1:
+        if self._large is None:
+            if size >= low:
+                self._small, self._doubted = here if size > 1 else self._small, None
+                return damping * WIDE
+            if ratio <= 0 and self._doubted is None:
+                self._doubted = here
+                return damping * WIDE
+            self._large = self._doubted if ratio <= 0 else here
+            if ratio <= 0 and self._small is None:
+                return None
+        elif size > 1:
             self._small = here
         else:
             self._large = here

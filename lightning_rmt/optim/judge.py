@@ -30,7 +30,8 @@ class Questions(NamedTuple):
 def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     """Measures the step and, in control, changes the damping or undoes the step."""
     state, settings = knob.state, knob.settings
-    ratio = reduction = refused = None
+    ratio: Ratio | None = None
+    reduction = refused = None
     proposal = knob.damping
     if knob.due and settings.method != "local-law":
         try:
@@ -55,7 +56,8 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
         mode=state.mode,
         damping=knob.damping,
         suggested=proposal,
-        ratio=ratio,
+        ratio=None if ratio is None else ratio.held_out,
+        own_ratio=None if ratio is None else ratio.own,
         reduction=reduction,
         rejected=rejected,
         rejections=state.rejections,
@@ -66,17 +68,22 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     )
 
 
-def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[float, float]:
-    """One product: the ratio, and the damping that follows."""
-    ratio = look.ratio(asked.held_out).value
-    settings, damping = knob.settings, knob.damping
-    return ratio, smoothed(damping, damping * change(ratio, settings.max_change, settings.deadband), settings.ema)
+def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:
+    """The trust part looks at the step's own batch in its own way, and a third product would be one too many."""
+    return look.ratio(asked.held_out, asked.loss if knob.settings.method == "heldout" else None)
 
 
-def _search(knob: Knob, look: Look, asked: Questions) -> tuple[float, float]:
+def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
+    """The ratio, and the damping that follows."""
+    settings, damping, ratio = knob.settings, knob.damping, _ratio(knob, look, asked)
+    factor = change(ratio.value, settings.max_change, settings.deadband)
+    return ratio, smoothed(damping, damping * factor, settings.ema)
+
+
+def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     """The first calibration: takes the same step with other dampings until the ratio is one.
 
-    Without a way to take a step again, one product of it.
+    Without a way to take a step again, one measurement of it.
 
     Raises:
         NoCalibrationError: the step can't be judged, or doesn't depend on the damping.
@@ -88,29 +95,30 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[float, float]:
     state.started = True
     while state.first_products > 0:
         state.first_products -= 1
-        tried.append(look.ratio(asked.held_out))
+        tried.append(_ratio(knob, look, asked))
         ratio, last = tried[-1].value, state.damping
         if asked.retake is None:
-            if abs(ratio) <= settings.deadband[1] and not 0 < ratio < settings.deadband[0]:
+            factor = change(ratio, WIDE, settings.deadband)
+            if factor == 1:
                 state.first_products = 0
-                return ratio, state.damping
-            return ratio, state.damping * change(ratio, WIDE)
-        following = search.following(state.damping, ratio)
+            return tried[-1], last * factor
+        following = search.following(last, ratio)
         following = None if following is None else knob.within(following)
-        if following is None or following == state.damping:
+        if following is None or following == last:
             break
         _retake(knob, look, asked.retake, following)
     state.first_products = 0
-    if asked.retake is not None and tried[-1].value <= 0:
+    assert asked.retake is not None
+    if all(-1 <= ratio.value <= 0 for ratio in tried):
         _retake(knob, look, asked.retake, start)
         raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
-    if asked.retake is not None and len(tried) > 2 and all(same_direction(tried[0], other) for other in tried[1:]):
+    if len(tried) > 2 and all(same_direction(tried[0], other) for other in tried[1:]):
         _retake(knob, look, asked.retake, start)
         raise NoCalibrationError(
             f"the step is the same with a damping of {start:.3g} and {last:.3g}: the optimizer doesn't use this "
             "number, or only every so many steps"
         )
-    return tried[-1].value, state.damping
+    return tried[-1], state.damping
 
 
 def _retake(knob: Knob, look: Look, retake: Callable[[], Any], damping: float) -> None:
@@ -151,14 +159,14 @@ def _guard(knob: Knob, look: Look, asked: Questions) -> bool:
     return True
 
 
-def _suggest(knob: Knob, proposal: float, ratio: float | None) -> None:
+def _suggest(knob: Knob, proposal: float, ratio: Ratio | None) -> None:
     if ratio is None or proposal == knob.damping or knob.state.suggested:
         return
     knob.state.suggested = True
     warnings.warn(
-        f"step {knob.state.steps}: on an independent batch the curvature along the step is {ratio:.3g} times what the step "
-        f"assumes; a damping of {proposal:.3g} in place of {knob.damping:.3g} would be nearer. This is said once, every "
-        "measurement is in the report",
+        f"step {knob.state.steps}: the curvature along the step is {ratio.value:.3g} times what the step assumes; a damping "
+        f"of {proposal:.3g} in place of {knob.damping:.3g} would be nearer. This is said once, every measurement is in the "
+        "report",
         RuntimeWarning,
         stacklevel=2,
     )

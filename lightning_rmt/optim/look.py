@@ -15,15 +15,23 @@ from lightning_rmt.optim.taken_step import Direction, LossFunction, TakenStep
 
 
 class Ratio(NamedTuple):
-    """A held-out measurement.
+    """How much too long a step is.
 
     Attributes:
-        value: r; infinite where the step isn't finite, or goes uphill without momentum.
+        held_out: r with the curvature of an independent batch; infinite where the step isn't finite, or goes uphill without
+            momentum.
+        own: with that of the step's own batch, None where it wasn't asked for.
         direction: along which.
     """
 
-    value: float
+    held_out: float
+    own: float | None
     direction: Direction
+
+    @property
+    def value(self) -> float:
+        """The larger in size."""
+        return self.held_out if self.own is None or abs(self.held_out) >= abs(self.own) else self.own
 
 
 class Look:
@@ -46,38 +54,43 @@ class Look:
         self._group = group
         self._losses: tuple[float, float] | None = None
 
-    def ratio(self, held_out: LossFunction | None) -> Ratio:
-        """``r = d'H d / (-g.d)`` for a learning rate of one, H of the held-out loss before the step.
+    def ratio(self, held_out: LossFunction | None, own: LossFunction | None = None) -> Ratio:
+        """``r = d'H d / (-g.d)`` for a learning rate of one, H of a loss before the step.
+
+        Args:
+            held_out: of an independent batch.
+            own: of the step's own batch, if that is to count too.
 
         Raises:
             NoCalibrationError: some rank can't say, or momentum takes the step uphill.
         """
         reason: NoCalibrationError | None = None
-        curvature, direction = math.nan, None
+        curvatures, direction = [math.nan, math.nan], None
         try:
             if held_out is None:
                 raise NoCalibrationError("no loss of an independent batch was given")
             direction = self.taken.proposed()
-            if math.isfinite(direction.length):
-                self.products += 1
-                curvature = self.taken.curvature(held_out, direction.unit)
+            for place, loss in enumerate((held_out, own)):
+                if loss is not None and math.isfinite(direction.length):
+                    self.products += 1
+                    curvatures[place] = self.taken.curvature(loss, direction.unit)
         except NoCalibrationError as error:
             reason = error
         slope = math.nan if direction is None else direction.slope
-        curvature, slope, failed = self._mean([curvature, slope, float(reason is not None)])
+        *curvatures, slope, failed = self._mean([*curvatures, slope, float(reason is not None)])
         if failed or direction is None:
             raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
-        if not math.isfinite(direction.length):
-            return Ratio(math.inf, direction)
-        if slope >= 0 and direction.pure:  # damped curvature that isn't positive makes such steps
-            return Ratio(math.inf, direction)
+        # damped curvature that isn't positive makes steps uphill
+        if not math.isfinite(direction.length) or (slope >= 0 and direction.pure):
+            return Ratio(math.inf, None if own is None else math.inf, direction)
         if not slope < 0:
             raise NoCalibrationError(
                 "the step doesn't go downhill on its own batch (momentum outweighs the gradient), so its length says nothing"
             )
-        if math.isnan(curvature):
+        ratios = [direction.length * curvature / -slope for curvature in curvatures]
+        if math.isnan(ratios[0]) or (own is not None and math.isnan(ratios[1])):
             raise NoCalibrationError("the curvature along the step isn't a number")
-        return Ratio(direction.length * curvature / -slope, direction)
+        return Ratio(ratios[0], None if own is None else ratios[1], direction)
 
     def losses(self, loss: LossFunction, before: Tensor | float | None) -> tuple[float, float]:
         """The step's own batch's loss before and after it; taken once.

@@ -16,6 +16,7 @@ class DampingReport:
         suggested: what the measurement asks for; in ``"control"`` it is ``damping`` unless the step was rejected.
         ratio: held-out r with the damping that the step was taken with; 1 is right, above 1 it was too small. None where it
             wasn't measured.
+        own_ratio: the same with the curvature of the step's own batch; the larger of the two is followed.
         reduction: actual over predicted reduction of the batch's own loss, for the trust part; None where not measured.
         rejected: whether the step was undone.
         rejections: steps undone so far.
@@ -30,6 +31,7 @@ class DampingReport:
     damping: float
     suggested: float
     ratio: float | None
+    own_ratio: float | None
     reduction: float | None
     rejected: bool
     rejections: int

@@ -13,7 +13,7 @@ from torch import nn
 
 
 class KroneckerSGD(torch.optim.Optimizer):
-    """Momentum on ``(A + pi sqrt(damping))^-1 gradient (G + sqrt(damping) / pi)^-1`` per linear layer (Martens, Grosse 2015).
+    """Momentum on ``(A + pi sqrt(damping))^-1 gradient (G + sqrt(damping) / pi)^-1`` per linear layer, as in K-FAC.
 
     Everything that changes is in ``state``, under the layer's weight.
     """
