@@ -99,7 +99,7 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
         ratio, last = tried[-1].value, state.damping
         if asked.retake is None:
             factor = change(ratio, WIDE, settings.deadband)
-            if factor == 1:
+            if factor == 1 and ratio > 0:
                 state.first_products = 0
             return tried[-1], last * factor
         following = search.following(last, ratio)
