@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_rmt.levels.edge import edge_statistics as edge_statistics
     from lightning_rmt.levels.statistics import LevelStatistics as LevelStatistics
     from lightning_rmt.levels.statistics import level_statistics as level_statistics
+    from lightning_rmt.optim.controller import DampingController as DampingController
     from lightning_rmt.optim.spectral_preconditioner import SpectralPreconditioner as SpectralPreconditioner
     from lightning_rmt.probe import estimate_spectrum as estimate_spectrum
     from lightning_rmt.reading import Reading as Reading
@@ -39,6 +40,7 @@ _HOME = {
     "Spectrum": "spectra.spectrum",
     "Estimate": "spectra.spectrum",
     "Level": "spectra.spectrum",
+    "DampingController": "optim.controller",
     "edge_statistics": "levels.edge",
     "rank_laws": "laws.ranking",
     "level_statistics": "levels.statistics",
