@@ -29,7 +29,8 @@ def total_steps(trainer: Any) -> float:
 def dataset_size(trainer: Any) -> float:
     """Samples in the training data; infinity where nobody knows (a stream, several loaders)."""
     try:
-        return float(len(trainer.train_dataloader.dataset))
+        loader = trainer.train_dataloader
+        return math.inf if loader.batch_size is None else float(len(loader.dataset))  # else it counts whole batches
     except (AttributeError, TypeError, NotImplementedError):
         return math.inf
 
