@@ -32,8 +32,10 @@ class DampingController:
     Three parts. *Start*: the closed form of the local law, where `update` was given a spectrum; then a search at the first
     step, which is taken again with other dampings until it fits. *Run*: every so many steps, ``r = d'H d / (-g.d)`` along
     the step d (learning rate divided out) with the curvature H of an independent batch and the step's own gradient g; r is
-    the inverse of the step length that H calls for, whatever the noise is like; the damping is multiplied by it. *Guard*:
-    a step after which its own batch's loss is ``guard`` times what it was is undone, bit for bit, and the damping raised.
+    the inverse of the step length that H calls for, whatever the noise is like; the damping is multiplied by it. The same
+    with the step's own batch's curvature counts where it is larger: near interpolation other batches show hardly any.
+    *Guard*: a step after which its own batch's loss is ``guard`` times what it was is undone, bit for bit, and the damping
+    raised.
 
     In a training loop, after ``backward()`` and in place of ``optimizer.step()``::
 
@@ -45,7 +47,7 @@ class DampingController:
     the controller: ``damping=controller``.
 
     That curvature should be judged on an independent batch is SketchySGD's idea (Frangella et al. 2022, there for the
-    learning rate); the trust part of ``"two-part"`` is Levenberg and Marquardt's, with the constants of kfac-jax.
+    learning rate); the trust part of ``"two-part"`` is Levenberg and Marquardt's, with the thresholds of kfac-jax.
 
     Args:
         target: a key of ``param_groups``; ``(get, set)`` functions; ``"call"`` where a library calls the controller; None
@@ -64,7 +66,8 @@ class DampingController:
         deadband: ratios r that are right as they are: following the noise of single batches makes the damping nervous.
         guard: see above; None: never. Costs a loss per guarded step, two where ``before`` isn't given.
         guard_factor: what a rejected step multiplies the damping by. Its momentum is halved.
-        guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step.
+        guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step. Where
+            it was measured only the latter made runs from very different dampings end alike: see ``docs/damping.md``.
         mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
 
     Attributes:

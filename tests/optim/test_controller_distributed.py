@@ -22,7 +22,7 @@ def data(step, which):
     return torch.randn(16, N, dtype=torch.float64, generator=random)
 
 
-def run(rows, group=None, poison=None):
+def run(rows, group=None, poison=None, kind="error"):
     """Trains on these rows of every batch; the gradient and the optimizer's Hessian are of all rows, as in DDP."""
     p = nn.Parameter(torch.full((N,), 0.5, dtype=torch.float64))
     optimizer = DampedNewton([p], damping=1e-4)
@@ -38,11 +38,11 @@ def run(rows, group=None, poison=None):
         optimizer.zero_grad()
         optimizer.loss().backward()
 
-        def mine(own=own, loss=loss):
-            return loss(own[rows])
+        def mine(own=own, loss=loss, step=step):
+            return loss(own[rows]) * (float("nan") if poison == step and kind == "nan" else 1.0)
 
         def held_out(other=other, loss=loss, step=step):
-            if poison == step:
+            if poison == step and kind == "error":
                 raise ValueError("the batch of this rank is broken")
             return loss(other[rows])
 
@@ -51,11 +51,11 @@ def run(rows, group=None, poison=None):
     return seen, p.detach()
 
 
-def on_rank(poisoned=None):
+def on_rank(poisoned=None, kind="error"):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank = dist.get_rank()
     rows = slice(8 * rank, 8 * rank + 8)
-    return run(rows, dist.group.WORLD, poisoned if rank == 1 else None)
+    return run(rows, dist.group.WORLD, poisoned if rank == 1 else None, kind)
 
 
 def test_ranks_decide_as_one(tmp_path):
@@ -76,3 +76,11 @@ def test_a_rank_that_fails_makes_all_refuse(tmp_path):
     assert not first[4][3]
     assert first[6][3]
     assert torch.equal(p, q)
+
+
+def test_a_loss_that_is_nan_on_one_rank_undoes_the_step_on_all(tmp_path):
+    (first, p), (second, q) = on_two_ranks(on_rank, tmp_path, 5, "nan")
+    assert [step[2] for step in first] == [step[2] for step in second]
+    assert first[5][2]
+    assert torch.equal(p, q)
+    assert torch.isfinite(p).all()

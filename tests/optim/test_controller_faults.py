@@ -45,6 +45,34 @@ def test_it_leaves_a_saddle(start):
     assert loss().item() == pytest.approx(-0.25, abs=1e-3)
 
 
+def test_a_step_uphill_had_too_small_a_damping():
+    p = nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
+    optimizer = DampedNewton([p], damping=1e-3)
+    optimizer.loss = lambda: -(p[0] ** 2) / 2 + p[0] ** 4 / 400
+    optimizer.loss().backward()
+    report = controller(guard=None).attach(optimizer).step(optimizer.loss, optimizer.loss)
+    assert report.refused is None
+    # r = -1 / (damping - 1)
+    assert report.damping == pytest.approx(2, rel=0.01)
+    assert p.item() == pytest.approx(0.2, rel=0.01)
+
+
+def test_momentum_that_goes_uphill_says_nothing():
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9, nesterov=True)
+    optimizer.param_groups[0]["damping"] = 0.5
+    control = DampingController(every=1).attach(optimizer)
+    for target in (0.0, -2.7):
+        optimizer.zero_grad()
+        (10 * (p[0] - target) ** 2).backward()
+
+        def loss(target=target):
+            return 10 * (p[0] - target) ** 2
+
+        report = control.step(loss, loss)
+    assert "momentum outweighs the gradient" in report.refused
+
+
 def test_negative_curvature_never_shrinks_the_damping_by_more_than_max_change():
     p = nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
     optimizer = DampedNewton([p], damping=3.0)

@@ -126,6 +126,16 @@ def test_momentum_does_not_change_what_is_measured():
     assert ratios[0.9] == pytest.approx(ratios[0.0], rel=1e-6)
 
 
+def test_neither_does_the_learning_rate():
+    ratios = []
+    for rate in (1.0, 0.1):
+        problem = NoisyQuadratic(lr=rate)
+        control = DampingController().attach(problem.optimizer)
+        problem.run(control, 1)
+        ratios.append(control.report.ratio)
+    assert ratios[1] == pytest.approx(ratios[0], rel=1e-9)
+
+
 # --- logging changes nothing ------------------------------------------------------------------------------------------
 
 
@@ -207,6 +217,23 @@ def test_a_resumed_run_is_the_same_run(loaded_first):
         control.load_state_dict(saved[0])
     assert second.run(control, 22) == expected[18:]
     assert torch.equal(second.x, whole.x)
+
+
+@pytest.mark.parametrize("loaded_first", [True, False])
+def test_a_loaded_state_goes_into_an_optimizer_that_was_not_loaded(loaded_first):
+    def make(second):
+        xs = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        return DampedNewton([{"params": [xs[0]]}, {"params": [xs[1]], "damping": second}], damping=0.5)
+
+    state = controller().attach(make(0.1)).state_dict() | {"damping": 0.25}
+    optimizer, control = make(0.5), controller()
+    if loaded_first:
+        control.load_state_dict(state)
+        control.attach(optimizer)
+    else:
+        control.attach(optimizer)
+        control.load_state_dict(state)
+    assert [group["damping"] for group in optimizer.param_groups] == [0.25, 0.25 * (0.1 / 0.5)]
 
 
 def test_a_foreign_state_is_refused():
