@@ -47,12 +47,13 @@ class Machine:
 def collectives(size: int, ranks: int, steps: int, probes: int, itemsize: int = 4) -> list[tuple[str, int]]:
     """Every collective of a sharded Lanczos run in its order, with the bytes of the tensor that it works on.
 
-    One to agree that everyone has its memory; then for each step the product's all-gather and reduce-scatter, whatever the
-    number of parameters, batches and starts, and for each start alpha, the coefficients of one Gram-Schmidt pass (the first
-    start only; imprecise products take two passes), and the residual's norm; at the first step also the unit.
+    One to agree that everyone has its memory, and one more for the exchange of several vectors at a time; then for each
+    step the product's all-gather and reduce-scatter, whatever the number of parameters, batches and starts, and for each
+    start alpha, the coefficients of one Gram-Schmidt pass (the first start only; imprecise products take two passes), and
+    the residual's norm; at the first step also the unit.
     """
     whole = itemsize * probes * ranks * even_length(size, ranks)
-    found = [("all_reduce", 8)]
+    found = [("all_reduce", 8)] * (2 if probes > 1 else 1)
     for step in range(1, steps + 1):
         found += [("all_gather", whole), ("reduce_scatter", whole)]
         for probe in range(probes):

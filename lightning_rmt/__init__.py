@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_rmt.callbacks.kronecker_diagnostics import KroneckerDiagnostics as KroneckerDiagnostics
     from lightning_rmt.callbacks.spectrum_monitor import SpectrumMonitor as SpectrumMonitor
     from lightning_rmt.curvature.gauss_newton import GaussNewton as GaussNewton
     from lightning_rmt.curvature.gradient_covariance import GradientCovariance as GradientCovariance
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_rmt.levels.edge import edge_statistics as edge_statistics
     from lightning_rmt.levels.statistics import LevelStatistics as LevelStatistics
     from lightning_rmt.levels.statistics import level_statistics as level_statistics
+    from lightning_rmt.optim.controller import DampingController as DampingController
     from lightning_rmt.optim.spectral_preconditioner import SpectralPreconditioner as SpectralPreconditioner
     from lightning_rmt.probe import estimate_spectrum as estimate_spectrum
     from lightning_rmt.reading import Reading as Reading
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SpectrumMonitor": "callbacks.spectrum_monitor",
+    "KroneckerDiagnostics": "callbacks.kronecker_diagnostics",
     "SpectralPreconditioner": "optim.spectral_preconditioner",
     "Hessian": "curvature.hessian",
     "FiniteDifferenceHessian": "curvature.finite_difference",
@@ -37,6 +40,7 @@ _HOME = {
     "Spectrum": "spectra.spectrum",
     "Estimate": "spectra.spectrum",
     "Level": "spectra.spectrum",
+    "DampingController": "optim.controller",
     "edge_statistics": "levels.edge",
     "rank_laws": "laws.ranking",
     "level_statistics": "levels.statistics",

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
+from lightning_rmt.krylov.collectives import OtherRankFailedError
 from lightning_rmt.krylov.lanczos import (
     Basis,
     SymmetricOperator,
     basis_bytes,
     lanczos_lockstep,
+    nowhere,
     product_noise,
     shards_of,
     start_vector,
@@ -59,16 +62,27 @@ class ProductCheck(NamedTuple):
 
 
 def check_product(operator: SymmetricOperator, seed: int = 0) -> ProductCheck:
-    """Takes three products to see whether the operator is symmetric and gives the same product twice."""
-    shards = shards_of(operator)
+    """Takes three products to see whether the operator is symmetric and gives the same product twice.
+
+    Raises:
+        OtherRankFailedError: there are several processes, and something went wrong on another one.
+        Exception: whatever went wrong on this one.
+    """
+    shards, failed = shards_of(operator), nowhere(operator)
+    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
     u = start_vector(operator, seed)
     Hu = operator.matmat(u[None])[0]
     length = shards.norm(Hu)
-    v = (Hu / torch.where(length > 0, length, 1.0)).to(operator.dtype)
+    v = shards.attempt(lambda: (Hu / torch.where(length > 0, length, 1.0)).to(operator.dtype), failed)
     Hv, again = operator.matmat(v[None])[0], operator.matmat(u[None])[0]
-    difference = torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double())
+    difference = shards.attempt(
+        lambda: torch.dot(u.double(), Hv.double()) - torch.dot(v.double(), Hu.double()), length.new_full((), math.nan)
+    )
     asymmetry = shards.total(difference[None])[0].abs()
-    drift = shards.norm(again - Hu)
+    drift = shards.norm(shards.attempt(lambda: again - Hu, failed))
+    if not agree(True):
+        shards.settle()
+        raise OtherRankFailedError("a product failed on another rank. All ranks skip this probe")
     found = torch.stack([asymmetry, drift, length]).tolist()
     scale = found[2] if found[2] != 0.0 else 1.0  # H = 0 is symmetric
     return ProductCheck(found[0] / scale, found[1] / scale, max(40 * product_noise(operator), 1e-9))
@@ -83,6 +97,7 @@ def estimate_spectrum(
     basis: Basis = "full",
     until: Until | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_basis: Callable[[Spectrum, Tensor], None] | None = None,
 ) -> Spectrum:
     """Measures the spectrum of a symmetric operator by Lanczos from random start vectors.
 
@@ -99,6 +114,8 @@ def estimate_spectrum(
         until: ends the probes before ``steps``; see ``spectra/stopping.py``. None: they end early only where the operator's
             whole spectrum has been seen.
         on_step: called with the number of products queued so far.
+        on_basis: called with the spectrum and the first probe's basis (see `ritz_vectors`) before this is freed; not where
+            none was kept.
 
     Returns:
         The spectrum, with errors.
@@ -117,7 +134,6 @@ def estimate_spectrum(
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
     taken = 0
 
     def count(step: int) -> None:
@@ -127,15 +143,26 @@ def estimate_spectrum(
             on_step(taken)
 
     def ended(runs: tuple[Tridiagonal, ...]) -> bool:
-        return agree(all(run.exhausted for run in runs) or (until is not None and until(runs)))
+        return all(run.exhausted for run in runs) or (until is not None and until(runs))
 
     starts = [start_vector(operator, seed + 7919 * probe) for probe in range(probes)]
     others: list[Basis] = ["none"] * (probes - 1)
     every = LOOK_EVERY if until is None else until.every
+    bases: list[Tensor] = []
     runs = lanczos_lockstep(
-        operator, starts, steps, bases=[basis, *others], stop=ended, look_every=every, on_step=count
+        operator,
+        starts,
+        steps,
+        bases=[basis, *others],
+        stop=ended,
+        look_every=every,
+        on_step=count,
+        on_basis=None if on_basis is None else bases.append,
     )
-    return Spectrum(runs, operator.size, products=taken, noise=product_noise(operator))
+    spectrum = Spectrum(runs, operator.size, products=taken, noise=product_noise(operator))
+    if on_basis is not None and bases[0].shape[0]:
+        on_basis(spectrum, bases[0])
+    return spectrum
 
 
 class Measurement(NamedTuple):
@@ -186,6 +213,7 @@ def measure(
     until: Until | None = None,
     on_forecast: Callable[[Forecast], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_basis: Callable[[Spectrum, Tensor], None] | None = None,
 ) -> Measurement:
     """`estimate_spectrum`, after a look at whether the operator can be trusted.
 
@@ -199,6 +227,7 @@ def measure(
         until: see there.
         on_forecast: called after the check with what the rest will cost, from its products' time.
         on_step: see there.
+        on_basis: see there.
 
     Raises:
         ValueError: as `estimate_spectrum`; or ``check`` is set and the products are not finite, symmetric and repeatable.
@@ -229,8 +258,16 @@ def measure(
             f"product taken twice {checked.repeat:.1e} (both should be below {checked.tolerance:.0e}). {cause}"
         )
     if checked is not None and on_forecast is not None:
-        on_forecast(forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS))
+        cost = forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS)
+        shards_of(operator).attempt(lambda: on_forecast(cost), None)
     spectrum = estimate_spectrum(
-        operator, steps=steps, probes=probes, seed=seed, basis=basis, until=until, on_step=on_step
+        operator,
+        steps=steps,
+        probes=probes,
+        seed=seed,
+        basis=basis,
+        until=until,
+        on_step=on_step,
+        on_basis=on_basis,
     )
     return Measurement(spectrum, checked, time.perf_counter() - begin)

@@ -16,11 +16,15 @@ from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
 from lightning_rmt.levels.verdict import FEWEST_LEVELS
+from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
 
 BLOCK_META = ("name", "description", "noise", "seconds")
 """What is saved of a block besides its eigenvalues."""
+
+NOISES = ("noise", "curvature_noise")
+"""Attributes that are a `NoiseScale`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,9 @@ class Reading:
         product_error: relative error of a product of finite differences, as measured; None where it is exact.
         levels: exact eigenvalues of blocks of parameters with their level statistics; none in a light reading.
         blocks: spectra of groups of parameters, by their tag; none in a light reading.
+        noise: of the curvature of one training batch (all that goes into an optimizer step) around that of all data; none in
+            a light reading.
+        curvature_noise: of the matrix whose spectrum this is.
     """
 
     step: int
@@ -68,6 +75,8 @@ class Reading:
     product_error: float | None = None
     levels: tuple[BlockLevels, ...] = ()
     blocks: Mapping[str, Spectrum] = field(default_factory=dict)
+    noise: NoiseScale | None = None
+    curvature_noise: NoiseScale | None = None
 
     @property
     def light(self) -> bool:
@@ -107,6 +116,7 @@ class Reading:
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectrum", "levels", "blocks")}
         meta["levels"] = [{name: getattr(block, name) for name in BLOCK_META} for block in self.levels]
         meta["blocks"] = list(self.blocks)
+        meta |= {name: None if (found := getattr(self, name)) is None else found.to_dict() for name in NOISES}
         arrays: dict[str, Any] = {"reading": np.array(json.dumps(meta)), **self.spectrum.to_arrays()}
         arrays |= {f"levels_{i}": block.eigenvalues for i, block in enumerate(self.levels)}
         for i, spectrum in enumerate(self.blocks.values()):
@@ -133,6 +143,7 @@ class Reading:
             name: Spectrum.from_arrays(_starting_with(f"block_{i}_", arrays))
             for i, name in enumerate(meta.pop("blocks", []))
         }
+        meta |= {name: NoiseScale(**meta[name]) for name in NOISES if meta.get(name) is not None}
         known = {f.name for f in fields(cls)}
         meta = {key: tuple(v) if isinstance(v, list) else v for key, v in meta.items() if key in known}
         return cls(spectrum=Spectrum.from_arrays(arrays), blocks=blocks, **meta)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from numbers import Integral
 
+from lightning_rmt.curvature.gradient_factors import GROUPS
+
 
 def choose(argument: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuses a word that isn't among the choices."""
@@ -40,10 +42,51 @@ def refuse_bad_values(
             )
     if not 0.0 < max_overhead <= 1.0:
         raise ValueError(f"max_overhead is a share of the training time, above 0 and at most 1, got {max_overhead}")
-    if parameters is not None and (isinstance(parameters, str) or not parameters):
-        raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
+    _refuse_bad_patterns(parameters)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
+    _refuse_bad_name(name)
+
+
+def refuse_bad_factor_values(
+    every_n_steps: int | None,
+    factor_steps: int,
+    held_out_steps: int,
+    beta: float,
+    parameters: list[str] | None,
+    max_dim: int,
+    max_memory_mib: float,
+    name: str,
+) -> None:
+    """Refuses what a measurement of Kronecker factors can't be made with."""
+    at_least_one(factor_steps=factor_steps, held_out_steps=held_out_steps, max_dim=max_dim)
+    if factor_steps < 2:
+        raise ValueError(f"factor_steps must be at least 2, got {factor_steps}")
+    if held_out_steps < GROUPS:
+        raise ValueError(
+            f"held_out_steps must be at least {GROUPS}, one for each group of the jackknife, got {held_out_steps}"
+        )
+    if every_n_steps is not None:
+        at_least_one(every_n_steps=every_n_steps)
+        if every_n_steps < factor_steps + held_out_steps:
+            raise ValueError(
+                f"a measurement takes {factor_steps} + {held_out_steps} steps, which don't fit into "
+                f"every_n_steps={every_n_steps}"
+            )
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta is the decay of a moving average, above 0 and below 1, got {beta}")
+    if not 0.0 < max_memory_mib < float("inf"):
+        raise ValueError(f"max_memory_mib must be above 0 and finite, got {max_memory_mib}")
+    _refuse_bad_patterns(parameters)
+    _refuse_bad_name(name)
+
+
+def _refuse_bad_patterns(parameters: list[str] | None) -> None:
+    if parameters is not None and (isinstance(parameters, str) or not parameters):
+        raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
+
+
+def _refuse_bad_name(name: str) -> None:
     if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
 

@@ -23,12 +23,13 @@ from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
-from lightning_rmt.live.ranks import OtherRankFailedError, Ranks, refuse_different_arguments
+from lightning_rmt.live.ranks import OtherRankFailedError, Ranks, refuse_differences
 from lightning_rmt.live.schedule import Decision, Schedule, Speed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
-from lightning_rmt.live.strategies import refuse_untested_strategy
+from lightning_rmt.live.strategies import refuse_untested_sharding, refuse_untested_strategy, under_join
 from lightning_rmt.live.training import (
     current_step,
+    dataset_size,
     learning_rate,
     log_directory,
     on_last_batch_of_fast_dev_run,
@@ -44,6 +45,7 @@ from lightning_rmt.report.scalars import TOP
 
 FAILURES_IN_A_ROW = 3
 STATE_VERSION = 2
+REFUSED = "the SpectrumMonitor is refused on {}"
 
 
 class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
@@ -93,6 +95,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         blocks: groups of parameters (layers or name patterns) that get a spectrum of their own at full probes, logged as
             ``blocks/<group>/...``. A group costs up to ``lanczos_steps`` products, from the graphs of the whole spectrum
             where these are kept, and those of the Hessian then reach no further than to it.
+        noise: measure the noise of the curvature from two half batches at full probes (four products and two more
+            evaluations of the loss): ``noise_scale``, ``noise_edge``, ``anisotropy``, and the damping that it asks for.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has
@@ -100,7 +104,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             per product, no second-order graph, flash attention and compiled code as in training. Its error, some 1e-3,
             is measured at every probe (13 gradients; against exact products where there are any), logged as
             ``product_error`` and part of every residual: enough for density and outliers, never for level statistics.
-            Networks with kinks (ReLU, max pooling) are refused.
+            Networks with kinks (ReLU, max pooling) are refused. Under FSDP2, where whole parameters don't fit on every rank,
+            ``"auto"`` and ``"finite_difference"`` take central differences on the shards; ``"exact"`` can't be had.
         autocast: measure under the Trainer's autocast instead of in full precision; products then err by 0.4 to 5 %.
         seed: of the start vectors and of the dropout masks inside the probe.
         name: prefix of the tags, and the folder of the saved readings; several monitors need different ones.
@@ -136,6 +141,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         parameters: list[str] | None = None,
         levels: list[str] | Literal["auto"] | None = "auto",
         blocks: list[str] | None = None,
+        noise: bool = True,
         microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
@@ -163,6 +169,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.parameters = parameters
         self.levels = levels
         self.blocks = blocks
+        self.noise = noise
         self.microbatch = microbatch
         self.product = product
         self.autocast = autocast
@@ -205,6 +212,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             lanczos_steps=self.lanczos_steps,
             probes=self.probes,
             rank_weights=self.rank_weights,
+            noise=self.noise and self.curvature != "gradient_covariance",
             batches=self._schedule.batches,
             seed=self.seed,
             name=self.name,
@@ -215,22 +223,40 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         if stage != "fit":
             return
         refuse_untested_strategy(trainer)
+        ranks = Ranks.of(trainer)
+        arguments = vars(self._settings) | self._schedule.arguments | {"on_error": self.on_error}
+        refuse_differences(ranks, arguments, "build it with the same arguments on every rank")
+        ranks.together(lambda: self._refuse_unusable(trainer, pl_module), elsewhere=REFUSED)
+        self._off = bool(trainer.barebones)
+
+    def _refuse_unusable(self, trainer: Any, pl_module: Any) -> None:
         if self.curvature == "ggn":
             refuse_missing_outputs(pl_module, self.curvature, self.outputs_fn)
         else:
             refuse_unusable_loss(pl_module, self.loss_fn)
+        if not trainer.is_global_zero:  # nobody else writes
+            return
         consumed = any(getattr(callback, "consumes_readings", False) for callback in trainer.callbacks)
         if not trainer.loggers and not consumed and not trainer.barebones and not trainer.fast_dev_run:
             raise MisconfigurationException(
                 "SpectrumMonitor has nowhere to write: the Trainer has no logger. Use Trainer(logger=True) or a "
                 "TensorBoardLogger, or remove the monitor"
             )
-        self._off = bool(trainer.barebones)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Checks what depends on the accumulation and on the parameters' names, and starts the clock."""
         if current_step(trainer) == 0:
             self._start_afresh()
+        ranks = Ranks.of(trainer)
+        state = {"step": current_step(trainer), **self._schedule.agreed}
+        state |= {"first probe": not self._checked, "failures": self._failures, "rest": self._off}
+        refuse_differences(ranks, state, "resume every rank from the same checkpoint")
+        ranks.together(lambda: self._refuse_unfitting(trainer, pl_module), elsewhere=REFUSED)
+        self._total_steps = total_steps(trainer)
+        self._clock = time.perf_counter()
+
+    def _refuse_unfitting(self, trainer: Any, pl_module: Any) -> None:
+        refuse_untested_sharding(pl_module)
         every = self._schedule.light_every_n_steps or self._schedule.every_n_steps
         if every is not None and self._schedule.window(trainer.accumulate_grad_batches) > every:
             raise MisconfigurationException(
@@ -241,9 +267,6 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             refuse_unmatched_parameters(pl_module, self.parameters)
         refuse_unusable_levels(pl_module, self.levels, self.parameters)
         refuse_unusable_blocks(pl_module, self.blocks, self.parameters)
-        refuse_different_arguments(Ranks.of(trainer), vars(self._settings) | self._schedule.arguments)
-        self._total_steps = total_steps(trainer)
-        self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Copies the batch if a probe is coming up: the training step may change it."""
@@ -257,6 +280,9 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Takes a probe if one is due after the optimizer step that was just made."""
         if self._idle(trainer) or trainer.fit_loop._should_accumulate():
+            return
+        if under_join(trainer):
+            self._refuse_join(trainer)
             return
         step = current_step(trainer)
         now = time.perf_counter()
@@ -272,6 +298,20 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             following = self._schedule.decide(step, self._total_steps, seconds_left(trainer))
             self._schedule.set_next(step, Decision(*Ranks.of(trainer).from_first(following)))
         self._clock = time.perf_counter()
+
+    def _refuse_join(self, trainer: Any) -> None:
+        """Turns the monitor off, without a word to other ranks: some may have run out of batches."""
+        self._off = True
+        self._collector.take()
+        words = (
+            f"SpectrumMonitor {self.name!r} is off: this training is in torch's Join context, where a rank that has run out "
+            "of batches answers DDP's collectives only, not those of a probe. Give every rank as many batches "
+            "(a DistributedSampler does) to watch it"
+        )
+        if self.on_error == "raise":
+            raise MisconfigurationException(words)
+        if trainer.is_global_zero:
+            warnings.warn(words, stacklevel=3)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the last reading's figures."""
@@ -363,6 +403,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._checked, self._learned = True, probed.learned
         seconds = time.perf_counter() - begin
         check = probed.measurement.check
+        step_samples = probed.samples / probed.batches * trainer.accumulate_grad_batches
+        population = max(dataset_size(trainer), step_samples, probed.samples)
         reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
@@ -382,6 +424,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             product_error=probed.product_error,
             levels=probed.levels,
             blocks=probed.blocks,
+            noise=None if probed.noise is None else probed.noise.at(step_samples, population),
+            curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples, population),
         )
         if speed == "light":
             self.light_reading = reading

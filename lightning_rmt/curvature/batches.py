@@ -81,6 +81,11 @@ def map_tensors(batch: Any, transform: Callable[[Tensor], Tensor]) -> Any:
     return _rebuild(batch, one, {})
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors in a batch of any shape, in order; the data of packed sequences."""
+    return [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in _leaves(batch, set())]
+
+
 def _leaves(item: Any, seen: set[int]) -> Iterator[Any]:
     """The tensors and packed sequences in a nested batch, in order; an object that holds itself ends."""
     if isinstance(item, (Tensor, PackedSequence)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_rmt.curvature.graph_memory import graph_nodes
+from lightning_rmt.krylov.shards import Shards, Unsharded
 
 # (v, h) -> the product with v from a displacement of length h
 Product = Callable[[Tensor, float], Tensor]
@@ -61,17 +62,23 @@ class FiniteDifferenceCheck(NamedTuple):
         return _worst(self.disagreement, self.asymmetry)
 
     @property
-    def refusal(self) -> str:
-        """What to tell the user where it isn't `ok`."""
+    def doubt(self) -> str:
+        """What is wrong where it isn't `ok`."""
         if not self.roughness <= _ROUGHNESS:
             return (
                 "the loss has kinks (ReLU, max-pooling) or is noisy, since the product changes by "
-                f"{self.roughness:.1%} with the step. Use Hessian (double backward)"
+                f"{self.roughness:.1%} with the step"
             )
         return (
             f"at the best step, {self.step:.1e}, two steps disagree by {self.disagreement:.1%} and the matrix is "
-            f"asymmetric by {self.asymmetry:.1%}. Use Hessian (double backward), or a float64 copy of the model"
+            f"asymmetric by {self.asymmetry:.1%}"
         )
+
+    @property
+    def refusal(self) -> str:
+        """The same, with what to do about it."""
+        smooth = self.roughness <= _ROUGHNESS
+        return f"{self.doubt}. Use Hessian (double backward)" + (", or a float64 copy of the model" if smooth else "")
 
 
 # Activations and pooling whose gradient jumps, by their autograd nodes. A few vectors may miss every kink that later ones
@@ -135,7 +142,12 @@ class MeasuredError(NamedTuple):
 
 
 def self_checks(
-    product: Product, vectors: tuple[Tensor, Tensor], steps: Sequence[float], coarse: float, tolerance: float
+    product: Product,
+    vectors: tuple[Tensor, Tensor],
+    steps: Sequence[float],
+    coarse: float,
+    tolerance: float,
+    shards: Shards | None = None,
 ) -> list[FiniteDifferenceCheck]:
     """One check per step: smoothness, two steps against each other, symmetry. Waits for the device.
 
@@ -145,18 +157,20 @@ def self_checks(
         steps: a factor of 4 apart, the longest first.
         coarse: length at which to look for kinks.
         tolerance: of the checks.
+        shards: which parts of the vectors this process holds; None: all. Every process gets the same checks.
     """
     u, other = vectors
-    roughness = _worst(*(difference(product(x, 4 * coarse), product(x, coarse)) for x in (u, other)))
+    shards = shards or Unsharded(u.numel())
+    roughness = _worst(*(difference(product(x, 4 * coarse), product(x, coarse), shards) for x in (u, other)))
     lengths = [*steps, steps[-1] / 4]
     from_u = [product(u, h) for h in lengths]
-    v = _direction(from_u[-1])
+    v = _direction(from_u[-1], shards)
     from_v = [product(v, h) for h in lengths]
     return [
         FiniteDifferenceCheck(
             roughness,
-            _worst(difference(at_u[0], at_u[1]), difference(at_v[0], at_v[1])),
-            _ratio((u @ at_v[0] - v @ at_u[0]).abs(), at_u[0].norm()),
+            _worst(difference(at_u[0], at_u[1], shards), difference(at_v[0], at_v[1], shards)),
+            _ratio(shards.total((_dot(u, at_v[0]) - _dot(v, at_u[0]))[None])[0].abs(), shards.norm(at_u[0])),
             h,
             tolerance,
         )
@@ -209,9 +223,10 @@ def measure_errors(
     return second if second.product < first.product else first
 
 
-def _direction(v: Tensor) -> Tensor:
+def _direction(v: Tensor, shards: Shards | None = None) -> Tensor:
     """The unit vector along ``v``; zero stays zero."""
-    return v / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+    length = (shards or Unsharded(v.numel())).norm(v)
+    return (v / length.clamp_min(torch.finfo(v.dtype).tiny)).to(v.dtype)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -228,6 +243,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> float:
     return 0.0 if float(numerator) == 0.0 else float(numerator) / max(float(denominator), 1e-300)
 
 
-def difference(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor, shards: Shards | None = None) -> float:
     """``|a - b| / |b|``, on the host."""
-    return _ratio((a - b).norm(), b.norm())
+    shards = shards or Unsharded(b.numel())
+    return _ratio(shards.norm(a - b), shards.norm(b))

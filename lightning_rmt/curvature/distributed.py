@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_rmt.curvature.errors import clear_frames
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.operator import CurvatureOperator
-from lightning_rmt.krylov.collectives import collective
-from lightning_rmt.krylov.shards import EvenShards
+from lightning_rmt.krylov.collectives import all_or_nobody, collective
+from lightning_rmt.krylov.shards import EvenShards, Replicated
 
 #: How ranks with different numbers of samples count: each the same, which is what DDP's averaged gradients are of, or by
 #: their samples, which is the mean over the data set.
@@ -23,7 +22,7 @@ class RankSum:
     """The operator on the union of all ranks' batches: the weighted mean ``sum_r c_r H_r V`` of their products.
 
     A product is one local product and one all-reduce, however many tensors, batches and vectors there are;
-    the operators are linear in the data, so nothing else is needed. Constructing it takes four more. Every
+    the operators are linear in the data, so nothing else is needed. Constructing it takes five more. Every
     rank must construct it and take the same products in the same order; all get the same numbers.
 
     With ``sharded`` a rank holds its part of every vector only, and an all-gather before the local product with a
@@ -43,20 +42,21 @@ class RankSum:
         size: dimension n.
         device: of the vectors, the local operator's.
         dtype: of the vectors.
-        shards: which entries this rank holds, None where each holds all.
+        shards: which entries this rank holds; `Replicated` where each holds all.
         noise: relative rounding error of a product, the largest of any rank.
-        exact: as the local operator's.
+        exact: whether every rank's is.
         product_error: relative error of a product as measured, the largest of any rank; None where they are exact.
         samples: total weight of the batches over all ranks.
         loss_value: weighted mean loss over all ranks.
         gradient: weighted mean gradient over all ranks, shape (size,).
         unused: names of the trainable parameters that no rank's loss depends on.
         products: operator-vector products taken so far.
-        error: what the local product raised, or None.
+        error: what went wrong on this rank since, or None.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised.
         ValueError: the ranks' operators have different sizes (raised on every rank).
+        OtherRankFailedError: another rank has no memory for its vectors.
         LostRankError: another rank is gone.
     """
 
@@ -75,14 +75,15 @@ class RankSum:
         self.operator = operator
         self.group = group
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
-        self.exact = operator.exact
         self.products = 0
-        self.error: Exception | None = None
-        self.shards = EvenShards(operator.size, group) if sharded else None
+        self.shards: EvenShards | Replicated = (
+            EvenShards(operator.size, group) if sharded else Replicated(operator.size)
+        )
 
         # NCCL reduces on its own device only; gloo wherever the vectors are
         nccl = "nccl" in str(dist.get_backend(group))
         self._reduce_on = torch.device("cuda", torch.cuda.current_device()) if nccl else self.device
+        gradient = all_or_nobody(self.agree, self._allocate, "memory for the operator's vectors")
         parts = operator.parts if isinstance(operator, GradientCovariance) else 0
         shape = float(self.size), float(len(operator.used))
         world = dist.get_world_size(group)
@@ -94,9 +95,11 @@ class RankSum:
                 f"the ranks' operators differ: this one has {shape[1]:g} parameters with {shape[0]:g} entries, the "
                 f"mean over {world} ranks is {totals[4] / world:g} with {totals[3] / world:g}"
             )
-        errors = torch.tensor([operator.noise, operator.product_error or 0.0], dtype=torch.float64)
-        self.noise, error = self._sum(errors, dist.ReduceOp.MAX).tolist()
-        self.product_error = None if operator.exact else error
+        imprecise = float(not operator.exact)
+        errors = torch.tensor([operator.noise, operator.product_error or 0.0, imprecise], dtype=torch.float64)
+        self.noise, error, imprecise = self._sum(errors, dist.ReduceOp.MAX).tolist()
+        self.exact = not imprecise
+        self.product_error = None if self.exact else error
         self.samples: float = totals[0]
         self.loss_value: float = totals[1] / weight_sum
         self._fraction = weight / weight_sum
@@ -106,7 +109,7 @@ class RankSum:
             for name, p, is_used in zip(operator.block.names, operator.block.tensors, used, strict=True)
             if p.requires_grad and not is_used
         )
-        self.gradient = self._sum(operator.gradient * self._fraction)
+        self.gradient = self._sum(gradient.mul_(self._fraction)).to(self.device)
         if isinstance(operator, GradientCovariance):
             operator.pool(self.gradient, self.samples, int(totals[2]))
 
@@ -119,30 +122,51 @@ class RankSum:
         Returns:
             The same shape; all NaN once any rank's local product has raised.
         """
-        whole = V if self.shards is None else self.shards.gather(V)
-        product = None
-        if self.error is None:
-            try:
-                product = self.operator.matmat(whole) * self._fraction
-            except Exception as error:  # whatever it is, the other ranks are about to wait for this one
-                clear_frames(error)
-                self.error = error
-        if product is None:
-            product = torch.full(tuple(whole.shape), float("nan"), dtype=self.dtype, device=self.device)
+        self.reserve(V.shape[0])
         self.products += V.shape[0]
-        return self._sum(product) if self.shards is None else self.shards.scatter_sum(product)
+        if isinstance(self.shards, EvenShards):
+            return self.shards.exchange(V, self.operator.matmat, self._fraction)
+        failed = torch.full((1, 1), float("nan"), dtype=self.dtype, device=self.device).expand(V.shape)
+        mine = failed
+        if self.error is None:
+            mine = self.shards.attempt(lambda: self.operator.matmat(V).mul_(self._fraction), failed)
+        return self._sum(mine)
+
+    @property
+    def error(self) -> Exception | None:
+        """What the local product raised, or what went wrong between products."""
+        return self.shards.error
+
+    def reserve(self, k: int) -> None:
+        """Takes the memory for products with k vectors at a time, if there is none yet; on all ranks, or on none.
+
+        Raises:
+            OtherRankFailedError: another rank hasn't got it.
+        """
+        shards = self.shards
+        if isinstance(shards, EvenShards) and not shards.reserved(k):
+            all_or_nobody(self.agree, lambda: shards.reserve(k, self.gradient), f"memory for products of {k} vectors")
 
     def matvec(self, v: Tensor) -> Tensor:
         """Product with one vector, of shape (size,) or (local size,); see `matmat`."""
         return self.matmat(v.unsqueeze(0)).squeeze(0)
 
     def agree(self, flag: bool) -> bool:
-        """Whether the flag is set on every rank, in one small all-reduce: what ends a run must end it everywhere."""
-        return bool(self._sum(torch.tensor(int(flag)), dist.ReduceOp.MIN).item())
+        """Whether the flag is set on every rank, and none has failed; one small all-reduce.
+
+        What ends a run must end it everywhere.
+        """
+        return bool(self._sum(torch.tensor(int(flag and self.error is None)), dist.ReduceOp.MIN).item())
 
     def release(self) -> None:
         """Releases the local operator."""
         self.operator.release()
+
+    def _allocate(self) -> Tensor:
+        """What every rank must have before the first collective: a copy of its gradient, buffers for a product."""
+        if isinstance(self.shards, EvenShards):
+            self.shards.reserve(1, self.operator.gradient)
+        return self.operator.gradient.to(self._reduce_on, copy=True)
 
     def _sum_floats(self, numbers: list[float]) -> list[float]:
         return [float(total) for total in self._sum(torch.tensor(numbers, dtype=torch.float64)).tolist()]

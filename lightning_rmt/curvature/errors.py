@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import traceback
 
 import torch
+
+from lightning_rmt.krylov.collectives import OtherRankFailedError
 
 
 class CurvatureError(RuntimeError):
@@ -109,7 +110,9 @@ def explain(error: BaseException) -> CurvatureError | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this, or what caused it, is memory that could not be had."""
+    """Whether this, or what caused it, is memory that could not be had in this process."""
+    if isinstance(error, OtherRankFailedError):  # it may well quote one
+        return False
     seen: BaseException | None = error
     while seen is not None:
         text = str(seen)
@@ -120,10 +123,3 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
-
-
-def clear_frames(error: BaseException | None) -> None:
-    """Empties the frames that an exception and its causes keep: they hold graphs and activations."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

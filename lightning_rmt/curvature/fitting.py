@@ -10,15 +10,14 @@ from torch import Tensor
 
 from lightning_rmt.curvature.batches import micro_batches, sample_count
 from lightning_rmt.curvature.errors import (
-    CurvatureError,
     GraphTooLargeError,
     NotAMeanError,
-    clear_frames,
     is_out_of_memory,
 )
 from lightning_rmt.curvature.evaluation import Loss, Mean, as_batches, differentiable, differentiate, evaluate
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
+from lightning_rmt.krylov.collectives import OtherRankFailedError, clear_frames
 from lightning_rmt.krylov.lanczos import rounding_noise
 
 #: How to build an operator with so many samples of a batch at a time, and words for that.
@@ -47,20 +46,21 @@ def fitting_hessian(
         memory_limit: bytes that graphs may take at a time. None: whatever the device gives.
         resident: as for `Hessian`.
         agree: where several ranks build theirs, gives the smallest number of any rank: they take every attempt together, so
-            that collectives in the loss meet.
+            that collectives in the loss meet. All numbers are positive.
 
     Returns:
         The operator, and words on what was done to make it fit; empty where nothing had to be.
 
     Raises:
         GraphTooLargeError: not even one sample's graph fits.
+        OtherRankFailedError: it failed on another rank.
         Exception: as `Hessian`; an out-of-memory where nothing smaller is left to try.
     """
     block, listed = ParameterBlock(parameters), as_batches(batches)
     named = list(zip(block.names, block.tensors, strict=True))
     limits: dict[str, Any] = {"memory_limit": memory_limit, "resident": list(resident)}
     # Agreed, since ladders of different lengths would leave a rank waiting: batches may be uneven over the ranks.
-    largest, batch_count = agree(max(sample_count(batch) for batch in listed)), agree(len(listed))
+    largest, batch_count = agree(max(1, *map(sample_count, listed))), agree(len(listed))
 
     def whole(samples: int) -> Hessian:
         return Hessian(loss, named, listed, **limits)
@@ -103,7 +103,7 @@ def fitting_hessian(
                 queue, reason = fewer, f"{reason} and the batches can't be cut"
             if agreed == FAILED or not queue:
                 if error is None:
-                    raise CurvatureError("another rank could not build its curvature operator; its log says why")
+                    raise OtherRankFailedError("another rank could not build its curvature operator; its log says why")
                 if first is None or _verdict(error, True) == TOO_LARGE:
                     raise error
                 raise first from error
@@ -123,7 +123,7 @@ def _reason(error: Exception | None) -> str:
 
 
 #: How an attempt went, the worse the lower.
-FAILED, CANNOT_BE_CUT, TOO_LARGE, FITS = range(4)
+FAILED, CANNOT_BE_CUT, TOO_LARGE, FITS = range(1, 5)
 
 
 def _verdict(error: Exception | None, whole: bool) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class OtherRankFailedError(RuntimeError):
@@ -12,6 +16,37 @@ class OtherRankFailedError(RuntimeError):
 
 class LostRankError(RuntimeError):
     """Another rank of the process group is gone or hangs: the training can't go on either."""
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Empties the frames that an exception and its causes keep: they hold graphs and activations."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def all_or_nobody(agree: Callable[[bool], bool], stage: Callable[[], T], what: str) -> T:
+    """Runs what may fail on one process alone, before collectives that the others must not begin without it.
+
+    Args:
+        agree: whether a flag is set on every rank; a collective. ``bool`` for a single process.
+        stage: what to run.
+        what: what another rank lacks if it fails there.
+
+    Raises:
+        OtherRankFailedError: it worked here, but not everywhere.
+        Exception: whatever the stage raised here.
+    """
+    try:
+        result = stage()
+    except LostRankError:  # nobody to agree with
+        raise
+    except Exception:
+        agree(False)
+        raise
+    if not agree(True):
+        raise OtherRankFailedError(f"another rank has no {what}. All ranks skip this probe")
+    return result
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_rmt.krylov.lanczos import SymmetricOperator, lanczos_lockstep, product_noise, shards_of, start_vector
+from lightning_rmt.krylov.ritz_vectors import ritz_vectors
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
 
 #: A Ritz pair is taken for an eigenpair while its residual is at most this share of its value.
@@ -96,17 +97,16 @@ def top_eigenpairs(
     steps = 2 * count + 10 if steps is None else steps
     if steps < count:
         raise ValueError(f"{count} pairs need at least as many Lanczos steps, got {steps}")
-    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
     bases: list[Tensor] = []
     (run,) = lanczos_lockstep(
         operator,
         [start_vector(operator, seed)],
         steps,
         bases=["full"],
-        stop=lambda runs: agree(runs[0].exhausted),
+        stop=lambda runs: runs[0].exhausted,
         look_every=LOOK_EVERY,
         on_step=on_step,
-        on_end=bases.extend,
+        on_basis=bases.append,
     )
     order = np.argsort(-np.abs(run.nodes), kind="stable")[:count]
     residuals = run.residuals[order] + product_noise(operator) * float(np.abs(run.nodes).max())
@@ -114,8 +114,7 @@ def top_eigenpairs(
     accepted = (residuals <= ACCEPTED_RESIDUAL * magnitudes) & (magnitudes > 0)
     kept = order.size if accepted.all() else int(np.argmin(accepted))
     order, residuals = order[:kept], residuals[:kept]
-    combination = torch.from_numpy(np.ascontiguousarray(run.vectors[:, order].T)).to(operator.device, operator.dtype)
-    vectors = combination @ bases[0][: run.steps]
+    vectors = ritz_vectors(run, bases[0], order.tolist(), operator.device)
     # one all-reduce where vectors are spread over processes
     squares = shards_of(operator).total(torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64).square())
     return EigenPairs(run.nodes[order], vectors / squares.sqrt().to(vectors.dtype)[:, None], residuals, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_rmt.krylov.coefficients import Coefficients
-from lightning_rmt.krylov.collectives import OtherRankFailedError
+from lightning_rmt.krylov.collectives import all_or_nobody
 from lightning_rmt.krylov.reductions import inner_products, norm, subtract_combination
 from lightning_rmt.krylov.shards import Shards, Unsharded
 from lightning_rmt.krylov.tridiagonal import Tridiagonal
@@ -94,6 +95,20 @@ def start_vector(operator: SymmetricOperator, seed: int) -> Tensor:
     is spread, and no global random state is touched. Normalised in float64: a norm taken in float32 costs orthogonality.
     """
     shards = shards_of(operator)
+    failed = nowhere(operator)
+    vector = shards.attempt(lambda: _drawn(operator, shards, seed), failed)
+    length = shards.norm(vector)
+    return shards.attempt(lambda: vector.div_(length), failed)
+
+
+def nowhere(operator: SymmetricOperator) -> Tensor:
+    """A vector of NaN, as long as this process's part of a whole one, that takes no memory."""
+    nan = torch.full((1,), float("nan"), dtype=operator.dtype, device=operator.device)
+    return nan.expand(shards_of(operator).local_size)
+
+
+def _drawn(operator: SymmetricOperator, shards: Shards, seed: int) -> Tensor:
+    """This process's part of a vector of normal numbers."""
     generator = torch.Generator().manual_seed((seed ^ _SALT) % 2**63)
     vector = torch.zeros(shards.local_size, dtype=operator.dtype, device=operator.device)
     for first in range(0, operator.size, DRAWN_AT_ONCE):
@@ -104,7 +119,7 @@ def start_vector(operator: SymmetricOperator, seed: int) -> Tensor:
             if low < high:
                 vector[place + low - start : place + high - start] = drawn[low - first : high - first]
             place += stop - start
-    return (vector / shards.norm(vector)).to(operator.dtype)
+    return vector
 
 
 def lanczos(
@@ -146,7 +161,7 @@ def lanczos_lockstep(
     stop: StopRule | None = None,
     look_every: int = 1,
     on_step: Callable[[int], None] | None = None,
-    on_end: Callable[[tuple[Tensor, ...]], None] | None = None,
+    on_basis: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tridiagonal, ...]:
     """Runs Lanczos from k start vectors side by side, so that each step is one ``matmat`` (Golub and Van Loan, 10.1).
 
@@ -174,10 +189,11 @@ def lanczos_lockstep(
             are not modified.
         steps: products per start, at least 1; at most n are made.
         bases: what each run keeps. Memory: steps * n elements for a basis, and some five vectors for a run.
-        stop: whether to end the run.
+        stop: whether to end the run. Over several processes, one that says so ends it on all of them.
         look_every: steps from one look of ``stop`` to the next; on a GPU it sees the coefficients of the look before.
         on_step: called on the host with the number of steps queued so far.
-        on_end: called with what each run keeps of its basis, shape (steps taken, n); zero past an invariant subspace.
+        on_basis: called at the end with the first run's basis, shape (steps, n) or this process's part of it, which the
+            run doesn't need any more; with no rows where it kept none.
 
     Returns:
         One tridiagonal matrix per start.
@@ -185,6 +201,7 @@ def lanczos_lockstep(
     Raises:
         ValueError: ``steps`` is below 1, or the operator returned NaN or infinity.
         OtherRankFailedError: there are several processes, and one has no memory for its basis.
+        Exception: whatever went wrong in this process; the others see NaN.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -192,45 +209,45 @@ def lanczos_lockstep(
     coefficients = Coefficients(len(starts), steps, operator.device)
     passes = 1 if product_noise(operator) <= rounding_noise(operator.dtype) else 2
     shards = shards_of(operator)
-    runs = _allocated(
-        operator, lambda: [_Run(*each, steps, passes, shards) for each in zip(starts, bases, strict=True)]
+    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
+    if (reserve := getattr(operator, "reserve", None)) is not None:
+        reserve(len(starts))
+    runs = all_or_nobody(
+        agree,
+        lambda: [_Run(*each, steps, passes, shards) for each in zip(starts, bases, strict=True)],
+        "memory for its Lanczos basis",
     )
+    nan = coefficients.values.new_full((), float("nan"))
+    failed = nowhere(operator).expand(len(runs), -1)
+
+    def goes_on() -> bool:
+        seen = coefficients.look(taken)
+        return not seen.shape[2] or bool(np.isfinite(seen).all() and stop and not stop(_tridiagonals(seen, bases)))
+
     taken = 0
     while taken < steps:
-        vectors = runs[0].q[None] if len(runs) == 1 else torch.stack([run.q for run in runs])
-        products = operator.matmat(vectors)
+        products = operator.matmat(shards.attempt(lambda: _stacked(runs), failed))
         for i, (run, product) in enumerate(zip(runs, products, strict=True)):
             if taken == 0:
                 coefficients.scale[i] = run.rescale(product)
-            coefficients.values[0, i, taken], coefficients.values[1, i, taken] = run.advance(product, taken)
-        del products  # before the next ones need the memory
+            advance = partial(run.advance, product, taken)
+            found = shards.attempt(advance, (nan, nan), run.sums(taken))
+            coefficients.values[0, i, taken], coefficients.values[1, i, taken] = found
+        del products, product, advance  # before the next ones need the memory
         taken += 1
         if on_step is not None:
-            on_step(taken)
-        if stop is not None and taken % look_every == 0 and taken < steps:
-            seen = coefficients.look(taken)
-            if seen.shape[2] and (not np.isfinite(seen).all() or stop(_tridiagonals(seen, bases))):
-                break
-    if on_end is not None:
-        on_end(tuple(run.basis[:taken] for run in runs))
+            shards.attempt(partial(on_step, taken), None)
+        if stop is not None and taken % look_every == 0 and taken < steps and not agree(shards.attempt(goes_on, False)):
+            break
+    shards.settle()
+    if on_basis is not None:
+        on_basis(runs[0].basis)
     return _tridiagonals(coefficients.all()[:, :, :taken], bases)
 
 
-def _allocated(operator: SymmetricOperator, allocate: Callable[[], list[_Run]]) -> list[_Run]:
-    """What may fail on one process alone, before the first product; the others must not begin without it.
-
-    Raises:
-        OtherRankFailedError: it failed on another one.
-    """
-    agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
-    try:
-        runs = allocate()
-    except Exception:
-        agree(False)
-        raise
-    if not agree(True):
-        raise OtherRankFailedError("another rank has no memory for its Lanczos basis. All ranks skip this probe")
-    return runs
+def _stacked(runs: Sequence[_Run]) -> Tensor:
+    """The runs' newest vectors, shape (k, local size)."""
+    return runs[0].q[None] if len(runs) == 1 else torch.stack([run.q for run in runs])
 
 
 class _Run:
@@ -250,9 +267,18 @@ class _Run:
 
     def rescale(self, product: Tensor) -> Tensor:
         """Makes the power of two just above the largest entry of the first product the unit; 1 where that is zero."""
-        exponent = torch.frexp(self._shards.largest(product.abs().amax())).exponent
+        largest = torch.linalg.vector_norm(product, float("inf"))  # without a vector of absolute values
+        exponent = torch.frexp(self._shards.largest(largest)).exponent
         self._scale = torch.ldexp(torch.ones_like(self._scale), exponent)
         return self._scale
+
+    def sums(self, step: int) -> list[Callable[[], object]]:
+        """The collectives of `advance`, with NaN: alpha, the passes' coefficients, the norm."""
+        sizes = [1, *(self._passes * [step + 1] if self.basis.shape[0] else []), 1]
+        return [partial(self._sum_of_nan, size) for size in sizes]
+
+    def _sum_of_nan(self, size: int) -> Tensor:
+        return self._shards.total(torch.full((size,), float("nan"), dtype=torch.float64, device=self._beta.device))
 
     def advance(self, product: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Takes the next step from the product with q; returns alpha and beta, float64 scalars on the device."""

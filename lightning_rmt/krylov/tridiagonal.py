@@ -69,7 +69,7 @@ class Tridiagonal:
 
     @property
     def vectors(self) -> NDArray[np.float64]:
-        """Eigenvectors of T in its columns, shape (m, m), one for each node."""
+        """T's eigenvectors as columns, shape (m, m): the Ritz vectors in terms of the basis."""
         return self._eigh[1]
 
     @cached_property

@@ -13,7 +13,7 @@ from lightning_rmt.probe import Forecast
 _MEBI = 2**20
 
 
-def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, memory: Memory) -> str:
+def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, memory: Memory, ranks: int) -> str:
     """The cost of the first probe in words: products, seconds, memory.
 
     Args:
@@ -21,14 +21,16 @@ def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, mem
         settings: with the groups and the exact blocks that are wanted on top of the spectrum.
         cost: of the spectrum.
         memory: what its graphs take, and what is free.
+        ranks: processes that share it; memory is that of one.
     """
     each = cost.seconds / max(cost.products, 1)
-    products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps
+    products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps + 4 * settings.noise
+    where = "" if ranks == 1 else f" on each of {ranks} ranks"
     held = cost.basis_bytes + memory.graphs
     said = (
         f"SpectrumMonitor {settings.name!r}: the first probe takes at most {products} products, about "
         f"{products * each:.2g} s, and {held / _MEBI:.2g} MiB ({cost.basis_bytes / _MEBI:.2g} for its basis, "
-        f"{memory.graphs / _MEBI:.2g} for graphs) of {memory.free / _MEBI:.0f} MiB free"
+        f"{memory.graphs / _MEBI:.2g} for graphs) of {memory.free / _MEBI:.0f} MiB free{where}"
     )
     if settings.levels is None:
         return said

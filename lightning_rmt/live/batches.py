@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_rmt.curvature.batches import tensors_of
+
 
 @dataclass(frozen=True)
 class CapturedBatch:
@@ -29,6 +31,12 @@ def copy_batch(batch: Any) -> Any:
             f"the training batch of type {type(batch).__name__} can't be copied ({error}). The curvature is measured on a "
             "copy, so that nothing that the loss does to its batch reaches the training: give the batch a __deepcopy__"
         ) from error
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether a batch holds tensors, and none of them a single entry (scalars aside): the last one of an uneven loader."""
+    sizes = [leaf.numel() for leaf in tensors_of(batch) if leaf.ndim > 0]
+    return bool(sizes) and not any(sizes)
 
 
 class BatchCollector:

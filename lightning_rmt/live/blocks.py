@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.restricted import Restricted
 from lightning_rmt.live.level_blocks import LevelBlock, named_block
@@ -94,11 +93,6 @@ def _spectrum(
 
     def run() -> Spectrum:
         rule = Settled(shared.size, shared.noise)
-        try:
-            return estimate_spectrum(shared, steps=agreed.steps, seed=seed, basis=agreed.basis, until=rule)
-        except Exception:
-            if isinstance(shared, RankSum) and shared.error is not None:
-                raise shared.error from None  # rather than the NaN that it made of the sum
-            raise
+        return estimate_spectrum(shared, steps=agreed.steps, seed=seed, basis=agreed.basis, until=rule)
 
     return all_or_none(ranks, run)

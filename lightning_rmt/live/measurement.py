@@ -9,24 +9,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.curvature.sharded_differences import ShardedDifferenceHessian
 from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.announcement import announcement
-from lightning_rmt.live.batches import CapturedBatch
+from lightning_rmt.live.batches import CapturedBatch, is_empty
 from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
+from lightning_rmt.live.noise import measure_noise, outlier_directions
+from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
-from lightning_rmt.live.sharding import unsharded
+from lightning_rmt.live.sharding import try_room_for_whole, unsharded
+from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
@@ -46,6 +51,8 @@ class LiveMeasurement:
         product_error: of finite differences, the largest of any rank; None where products are exact.
         levels: level statistics of exact blocks; only a full probe has them.
         blocks: spectra of groups of parameters; only a full probe has them.
+        noise: of the matrix on half of the batches; only a full probe has it.
+        batches: curvature batches on a rank, the fewest of any.
     """
 
     measurement: Measurement
@@ -57,6 +64,8 @@ class LiveMeasurement:
     product_error: float | None
     levels: tuple[BlockLevels, ...] = ()
     blocks: Mapping[str, Spectrum] = field(default_factory=dict)
+    noise: NoiseScale | None = None
+    batches: int = 1
 
 
 def measure_live(
@@ -96,88 +105,125 @@ def measure_live(
     learned = learned or Learned(settings.product)
     memory = memory or Memory()
     probes = settings.probes if light is None else 1
+    if ranks.differing([step, int(light is not None)]):
+        raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
+    whole = gathers(module, settings, probes, memory, ranks, trainer.strategy.root_device)
+    settings, left_out = (settings, ()) if whole else without_exact_parts(settings)
     with ExitStack() as stack:
 
         def enter() -> tuple[list[CapturedBatch], tuple[str, ...]]:
             batches = captured()
             if not batches:
                 raise ValueError("no batch was captured for this probe (a run that was resumed within its window)")
+            batches = [batch for batch in batches if not is_empty(batch.batch)]
+            if not batches:
+                raise ValueError("every batch that was captured for this probe is empty on this rank (no samples)")
             hooks = hook_notes(module)
             seed = _mix(settings.seed, step, ranks.rank)
-            modes = {"autocast": settings.autocast, "first_order": settings.first_order}
+            modes = {"autocast": settings.autocast, "first_order": settings.first_order or not whole}
             stack.enter_context(fence(trainer, module, seed=seed, **modes))
-            stack.enter_context(unsharded(module))
+            if whole:
+                try_room_for_whole(module)
             return batches, hooks
 
-        def build() -> tuple[CurvatureOperator, Plan, tuple[str, ...], tuple[str, ...]]:
+        def build() -> tuple[CurvatureOperator | ShardedDifferenceHessian, Plan, tuple[str, ...], tuple[str, ...]]:
             mixed = settings.autocast and "mixed" in str(trainer.precision)
-            operator, warnings, notes = build_operator(
-                module,
-                batches,
-                settings,
-                mixed_precision=mixed,
-                product=learned.product,
-                memory=memory,
-                agree=ranks.least,
+            operator, warnings, notes = (
+                build_operator(
+                    module,
+                    batches,
+                    settings,
+                    mixed_precision=mixed,
+                    product=learned.product,
+                    memory=memory,
+                    agree=ranks.agree,
+                )
+                if whole
+                else operator_on_shards(module, batches, settings, ranks, memory)
             )
             stack.callback(operator.release)
-            if check:
-                memory.graphs = operator.graph_bytes()
-            if probes > 1:
-                operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
-            rows = ranks.local_size(operator)
-            plan = memory.plan(operator, settings.lanczos_steps, probes, local_size=rows, light=light is not None)
+            if isinstance(operator, CurvatureOperator):
+                rows, length = ranks.local_size(operator), operator.size
+                if check:
+                    memory.graphs = operator.graph_bytes()
+                if probes > 1:
+                    operator.at_once = operator.compare_routes(probes) if learned.at_once is None else learned.at_once
+            else:
+                rows = length = operator.shards.local_size
+            plan = memory.plan(
+                operator, settings.lanczos_steps, probes, local_size=rows, product_size=length, light=light is not None
+            )
             memory.try_out(operator, plan, rows)  # here, where a rank may still fail alone
-            return operator, plan, (*hooks, *warnings), (*_missing_batches(len(batches), settings.batches), *notes)
+            missing = _missing_batches(fewest, settings.batches)
+            return operator, plan, (*hooks, *warnings), (*missing, *notes, *left_out)
 
-        if ranks.differing([step, int(light is not None)]):
-            raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
-        # Two stages, since building has agreements of its own, which every rank must reach.
+        # Several stages, since what follows each of them is a collective, which every rank must reach.
         batches, hooks = ranks.together(enter)
+        fewest = ranks.least(len(batches))
+        if whole:
+            stack.enter_context(unsharded(module))
         operator, mine, warnings, notes = ranks.together(build)
-        shared = ranks.mean(operator, settings.rank_weights)
+        shared = ranks.together(lambda: _over_ranks(operator, ranks, settings))
         basis, steps = least_plan(ranks, mine)
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
-        on_step = stack.enter_context(probe_progress(trainer, settings.name, probes * steps))
+        on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
 
         start = _mix(settings.seed, step, 0)
 
+        outliers: list[Tensor | None] = []
+
+        def keep_outliers(spectrum: Spectrum, basis: Tensor) -> None:
+            if isinstance(operator, CurvatureOperator):
+                outliers.append(outlier_directions(spectrum, basis, operator))
+
         def run() -> Measurement:
-            try:
-                return measure(
-                    shared,
-                    steps=steps,
-                    probes=probes,
-                    seed=start,
-                    check=check,
-                    basis=basis,
-                    until=_rule(shared, light),
-                    on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory)),
-                    on_step=on_step,
-                )
-            except Exception:
-                if isinstance(shared, RankSum) and shared.error is not None:
-                    raise shared.error from None  # rather than the NaN that it made of the sum
-                raise
+            return measure(
+                shared,
+                steps=steps,
+                probes=probes,
+                seed=start,
+                check=check,
+                basis=basis,
+                until=_rule(shared, light),
+                on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory, ranks.size)),
+                on_step=on_step,
+                on_basis=keep_outliers if settings.noise and light is None else None,
+            )
 
         # A rank that fails in a product makes the sum NaN, which is not what the others should report.
         measurement = ranks.together(run, follows=lambda error: isinstance(error, NonFiniteError))
-        found = replace(
-            learned,
-            product="exact" if isinstance(operator, Hessian) else learned.product,
-            at_once=operator.at_once if probes > 1 else learned.at_once,
-        )
-        result = LiveMeasurement(
-            measurement, int(shared.samples), operator.block.names, warnings, notes, found, shared.product_error
-        )
-        if light is not None:
+        names = operator.block.names if isinstance(operator, CurvatureOperator) else operator.names
+        found = learned
+        if isinstance(operator, CurvatureOperator):
+            product = "exact" if isinstance(operator, Hessian) else learned.product
+            found = replace(learned, product=product, at_once=operator.at_once if probes > 1 else learned.at_once)
+        samples, product_error = int(shared.samples), shared.product_error
+        result = LiveMeasurement(measurement, samples, names, warnings, notes, found, product_error, batches=fewest)
+        if light is not None or not isinstance(operator, CurvatureOperator):
             return result
         blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
         operator.release()  # its graphs are in the way of what follows
+        noise, no_noise = measure_noise(
+            module,
+            batches,
+            outliers.pop() if outliers else None,
+            settings,
+            ranks,
+            memory,
+            mixed_precision=settings.autocast and "mixed" in str(trainer.precision),
+            seed=start,
+        )
         seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
         levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
-        notes = (*notes, *reasons, *levels.notes)
-        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned)
+        notes = (*notes, *reasons, *no_noise, *levels.notes)
+        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
+
+
+def _over_ranks(
+    operator: CurvatureOperator | ShardedDifferenceHessian, ranks: Ranks, settings: ProbeSettings
+) -> CurvatureOperator | RankSum | ShardedDifferenceHessian:
+    """The operator on all ranks' batches; one on shards is that already."""
+    return ranks.mean(operator, settings.rank_weights) if isinstance(operator, CurvatureOperator) else operator
 
 
 def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:
@@ -188,7 +234,7 @@ def _lesser(basis: Basis, steps: int, wanted: int) -> tuple[str, ...]:
     return (f"memory is short, so the Lanczos basis {kept}: density and sums only, no eigenvalues and no counts",)
 
 
-def _rule(operator: CurvatureOperator | RankSum, light: LightEnds | None) -> Until:
+def _rule(operator: CurvatureOperator | RankSum | ShardedDifferenceHessian, light: LightEnds | None) -> Until:
     """What ends the probe before its last step."""
     if light is None:
         return Settled(operator.size, operator.noise)
@@ -203,7 +249,7 @@ def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
         return ()
     return (
         f"measured on {captured} of {wanted} curvature batches: the training was started or resumed while they were being "
-        "collected",
+        "collected, or some of them are empty",
     )
 
 

@@ -16,7 +16,8 @@ from lightning_rmt.live.ranks import Ranks
 #: Share of the free memory that a probe may take. The rest is for what it holds for a moment (the temporaries of a backward
 #: pass) and for other processes.
 SHARE = 0.7
-#: Whole vectors that a run holds besides its basis: the product's input, itself and its parts.
+#: Whole vectors that a run holds besides its basis: the product's input, itself and its parts. On shards, parts of vectors:
+#: a copy of the parameters, a gradient and the product.
 WHOLE_VECTORS = 3
 #: Vectors that it holds as long as they are (a part of each, where there are several ranks): the last two and the next one.
 LOCAL_VECTORS = 3
@@ -105,6 +106,7 @@ def plan(
     local_size: int | None = None,
     largest: Basis = "full",
     light: bool = False,
+    product_size: int | None = None,
 ) -> Plan:
     """The best basis that fits: whole, whole in the host's memory, in bfloat16 (density only), or none (density only).
 
@@ -120,10 +122,12 @@ def plan(
         local_size: entries of each vector that this process holds; None: all.
         largest: the best basis that may be chosen.
         light: for a light probe.
+        product_size: entries of the vectors that a product works on; None: n.
     """
     steps = min(steps, size)
     length = size if local_size is None else local_size
-    left = max(available - (WHOLE_VECTORS * size + LOCAL_VECTORS * length) * probes * dtype.itemsize, 0)
+    whole = size if product_size is None else product_size
+    left = max(available - (WHOLE_VECTORS * whole + LOCAL_VECTORS * length) * probes * dtype.itemsize, 0)
     room = {"full": left, "host": host, "half": left, "none": left}
     bases = BASES[BASES.index(largest) :]
     fitting = [b for b in bases if basis_bytes(b, size, steps, dtype, length) <= room[b]]
@@ -134,6 +138,20 @@ def plan(
     return Plan("full", min(max(rows, FEWEST_LIGHT_STEPS), steps))
 
 
+def gathered_bytes(parameters: int, size: int, probes: int, dtype: torch.dtype) -> int:
+    """What products with the whole parameters of a sharded module take at least: these, a gradient, and vectors.
+
+    Graphs come on top, of which nobody knows before; they get what is left, as without sharding.
+
+    Args:
+        parameters: bytes of all parameters.
+        size: n.
+        probes: start vectors.
+        dtype: of the vectors.
+    """
+    return parameters + (1 + WHOLE_VECTORS * probes) * size * dtype.itemsize
+
+
 class Memory:
     """What probes may take of the free memory; after an out-of-memory, less, until enough of them have worked.
 
@@ -142,6 +160,7 @@ class Memory:
         graph_limit: bytes that its graphs may take, whatever is free; None: no limit of their own.
         graphs: bytes that they took when that was last looked at.
         free: bytes that were free before the last probe.
+        gathered: whether the last probe had whole parameters, where training has them sharded.
     """
 
     def __init__(self) -> None:
@@ -149,9 +168,16 @@ class Memory:
         self.graph_limit: int | None = None
         self.graphs = 0
         self.free = 0
+        self.gathered = False
+        self._may_gather = True
         self._basis_bytes = 0
         self._has_host = False
         self._worked = 0
+
+    def can_gather(self, needed: int, device: torch.device) -> bool:
+        """Whether a probe may gather the whole parameters of a sharded module on this device; see `gathered_bytes`."""
+        self.free = free_bytes(device)
+        return self._may_gather and needed <= SHARE * self.free
 
     def for_graphs(self, device: torch.device) -> int:
         """Bytes that the graphs of a probe on this device may take."""
@@ -167,6 +193,7 @@ class Memory:
         *,
         local_size: int | None = None,
         light: bool = False,
+        product_size: int | None = None,
     ) -> Plan:
         """The basis of a probe with this operator, whose graphs are there already; see `plan`."""
         size, dtype, device, free = operator.size, operator.dtype, operator.device, free_bytes(operator.device)
@@ -182,6 +209,7 @@ class Memory:
             local_size=local_size,
             largest=self.largest_basis,
             light=light,
+            product_size=product_size,
         )
         self._basis_bytes = basis_bytes(found.basis, size, found.steps, dtype, local_size)
         self._has_host = host > 0
@@ -196,7 +224,7 @@ class Memory:
         """Notes a probe that worked: after `PATIENCE` of them the next is as large as the first one was meant to be."""
         self._worked += 1
         if self._worked >= PATIENCE:
-            self.largest_basis, self.graph_limit, self._worked = "full", None, 0
+            self.largest_basis, self.graph_limit, self._worked, self._may_gather = "full", None, 0, True
 
     def shrink(self, error: BaseException) -> str | None:
         """What a probe that failed means for the next one: where memory ran out, it is to be smaller; words that say how.
@@ -208,7 +236,13 @@ class Memory:
         if isinstance(error, GraphTooLargeError) and self.graph_limit is not None:  # it asked for more than can be done
             self.graph_limit = max(self.graph_limit, error.needed)
             return "the next probe's graphs get just that"
+        if isinstance(error, GraphTooLargeError) and self.gathered:
+            return self._on_shards()
         return self._after_out_of_memory() if is_out_of_memory(error) else None
+
+    def _on_shards(self) -> str:
+        self._may_gather = False
+        return "the next probe leaves the parameters sharded, and takes finite differences on the shards"
 
     def _after_out_of_memory(self) -> str:
         """Smaller graphs cost time, a lesser basis all eigenvalues: graphs first, unless they are small beside the basis."""
@@ -226,4 +260,4 @@ class Memory:
         if graphs > 1:
             self.graph_limit = int(SMALLER * graphs)
             return f"the next probe's graphs get {self.graph_limit / 2**20:.3g} MiB, and are built in pieces if need be"
-        return "it had begun with as little as it could"
+        return self._on_shards() if self.gathered else "it had begun with as little as it could"

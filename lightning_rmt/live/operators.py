@@ -41,7 +41,7 @@ def refuse_missing_outputs(module: Any, curvature: Curvature, outputs_fn: Output
     )
 
 
-def refuse_unmatched_parameters(module: Any, parameters: Sequence[str]) -> None:
+def refuse_unmatched_parameters(module: Any, parameters: Sequence[str], who: str = "SpectrumMonitor") -> None:
     """Refuses name patterns with a slip in them before the first step, rather than at every probe.
 
     Patterns of frozen parameters pass: a callback may unfreeze them later.
@@ -55,7 +55,7 @@ def refuse_unmatched_parameters(module: Any, parameters: Sequence[str]) -> None:
         try:
             select_parameters(named, unmatched)
         except ValueError as error:  # its message names what comes close
-            raise MisconfigurationException(f"SpectrumMonitor(parameters={list(parameters)}): {error}") from error
+            raise MisconfigurationException(f"{who}(parameters={list(parameters)}): {error}") from error
 
 
 def build_operator(
@@ -89,7 +89,7 @@ def build_operator(
     operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory, agree)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
-    return operator, (*fallback, *_warnings(operator)), notes
+    return operator, (*fallback, *unused_warning(operator.unused)), notes
 
 
 def _operator(
@@ -106,7 +106,9 @@ def _operator(
     loss = curvature_loss(module, settings.loss_fn)
     if settings.curvature == "gradient_covariance":
         return GradientCovariance(loss, chosen, captured, settings.microbatch), (), ()
-    limit = agree(memory.for_graphs(chosen[0][1].device))  # one limit, so that all ranks evaluate the loss as often
+    limit = agree(
+        max(memory.for_graphs(chosen[0][1].device), 1)
+    )  # one limit, so that all ranks evaluate the loss as often
     if settings.product == "finite_difference":
         return _forward_differences(loss, chosen, captured, limit)
     try:
@@ -164,15 +166,14 @@ def _finite_differences(
     )
 
 
-def _warnings(operator: CurvatureOperator) -> tuple[str, ...]:
-    """What looks wrong about the module, and can't be seen in the numbers."""
-    sentences = []
-    if operator.unused:
-        sentences.append(
-            f"no gradient reaches {_listed(operator.unused)}: unused, or behind a reentrant activation checkpoint; "
-            "they are zeros in the spectrum"
-        )
-    return tuple(sentences)
+def unused_warning(names: Sequence[str]) -> tuple[str, ...]:
+    """What looks wrong about the module, and can't be seen in the numbers: a sentence, if there are such parameters."""
+    if not names:
+        return ()
+    return (
+        f"no gradient reaches {_listed(names)}: unused, or behind a reentrant activation checkpoint; they are zeros in the "
+        "spectrum",
+    )
 
 
 def hook_notes(module: Any) -> tuple[str, ...]:

@@ -16,13 +16,23 @@ from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.krylov.collectives import LostRankError, OtherRankFailedError, collective
 from lightning_rmt.krylov.shards import can_scatter, even_length
+from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.live.namespaces import MisconfigurationException
 
 T = TypeVar("T")
 
+#: Said by the ranks that were fine.
+SKIPPED = "the probe failed on {}. All ranks skip this one"
+#: Bytes of an exception's message that other ranks are told.
+MOST_WORDS = 300
+
 
 class RefusedError(Exception):
     """Something that a probe can do without couldn't be had, on any rank; the message says why."""
+
+
+class _LeftStageError(OtherRankFailedError):
+    """Another rank has left a stage early, and said so in the agreement that this one was at; the message is which."""
 
 
 class Ranks:
@@ -67,40 +77,76 @@ class Ranks:
         """The smallest number of any rank (one small all-reduce)."""
         return -self.largest((-number,))[0]
 
+    def agree(self, number: int) -> int:
+        """The smallest of a positive number of any rank, in the midst of a stage that `together` runs.
+
+        A rank that fails before it gets here is at the end of its stage, where it says 0: to the others, the same
+        collective.
+
+        Raises:
+            OtherRankFailedError: that has happened.
+        """
+        least = self.least(number)
+        if least <= 0:
+            raise _LeftStageError(self._where(None))
+        return least
+
     def all_ok(self, ok: bool) -> bool:
         """Whether every rank is fine."""
         return bool(self.least(int(ok)))
 
-    def together(self, stage: Callable[[], T], follows: Callable[[Exception], bool] = lambda error: False) -> T:
+    def together(
+        self,
+        stage: Callable[[], T],
+        follows: Callable[[Exception], bool] = lambda error: False,
+        elsewhere: str = SKIPPED,
+    ) -> T:
         """Runs a local stage that may fail; returns its result only if it worked on every rank.
 
         Args:
-            stage: what to run.
+            stage: what to run; collectives in it are calls of `agree`, as many on every rank.
             follows: whether an exception may be the consequence of another rank's, which then says more than this one.
+            elsewhere: message on the ranks where it worked, with a place for which rank it failed on, and why.
 
         Raises:
             OtherRankFailedError: it worked here, but not everywhere.
             Exception: whatever the stage raised here.
         """
-        result, error = None, None
+        result, error, where = None, None, None
         try:
             result = stage()
         except LostRankError:  # nobody to agree with
             raise
+        except _LeftStageError as caught:  # agreed on already
+            where = str(caught)
         except Exception as caught:
             error = caught
+        if where is not None:
+            raise OtherRankFailedError(elsewhere.format(where))
         fine, consequence, cause = 2, 1, 0
         follows_it = error is not None and (isinstance(error, OtherRankFailedError) or follows(error))
         mine = fine if error is None else consequence if follows_it else cause
-        worst = self.least(mine)
         try:
-            if error is not None and not (mine == consequence and worst == cause):
+            worst = self.least(mine)
+            if worst == fine:
+                return result  # type: ignore[return-value]
+            where = self._where(error if mine == worst else None)
+            if error is not None and mine == worst:
                 raise error
         finally:
             error = None  # or its traceback's frame would hold it, and with it the graph of the failed probe
-        if worst != fine:
-            raise OtherRankFailedError("the probe failed on another rank; its log says why. All ranks skip this one")
-        return result  # type: ignore[return-value]
+        raise OtherRankFailedError(elsewhere.format(where))
+
+    def _where(self, error: Exception | None) -> str:
+        """The first rank that has an exception, with its words; every rank calls it (one all-reduce)."""
+        words = "" if error is None else _first_line(error)
+        mine = np.zeros(MOST_WORDS)
+        encoded = words.encode()[:MOST_WORDS]
+        mine[: len(encoded)] = list(encoded)
+        for rank, found in enumerate(self.gather(mine)):
+            if found.any():
+                return f"rank {rank} ({bytes(found[found > 0].astype(np.uint8)).decode(errors='replace')})"
+        return "another rank"
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over the ranks (one small all-reduce)."""
@@ -136,23 +182,32 @@ class Ranks:
         return [int(value) for value in tensor.tolist()]
 
 
-def refuse_different_arguments(ranks: Ranks, arguments: Mapping[str, object]) -> None:
-    """Refuses a callback whose arguments aren't the same on every rank, on all of them.
+def _first_line(error: Exception) -> str:
+    kind = type(error).__name__
+    try:
+        return str(error) if isinstance(error, RefusedError) else f"{kind}: {error}".splitlines()[0]
+    except Exception:  # of the user's own __str__; the other ranks wait
+        return kind
+
+
+def refuse_differences(ranks: Ranks, values: Mapping[str, object], remedy: str) -> None:
+    """Refuses a callback whose arguments, or whose state, aren't the same on every rank, on all of them.
 
     Args:
         ranks: all that train together.
-        arguments: plain values by name; what is no value, such as a function, is only asked whether it is there.
+        values: plain values by name; what is no value, such as a function, is only asked whether it is there.
+        remedy: what to do.
 
     Raises:
-        MisconfigurationException: ranks differ; the message names the arguments.
+        MisconfigurationException: ranks differ; the message names them.
     """
-    words = [repr(value is not None) if callable(value) else repr(value) for value in arguments.values()]
+    words = [repr(value is not None) if callable(value) else repr(value) for value in values.values()]
     differing = ranks.differing([zlib.crc32(word.encode()) for word in words])
     if differing:
-        names = [list(arguments)[i] for i in differing]
+        names = [list(values)[i] for i in differing]
         raise MisconfigurationException(
-            f"ranks disagree about the SpectrumMonitor's {', '.join(names)} (here {words[differing[0]]}): build it with the "
-            "same arguments on every rank, or their probes wait for each other"
+            f"ranks disagree about the SpectrumMonitor's {', '.join(names)} (here {words[differing[0]]}), so that "
+            f"their probes would wait for each other: {remedy}"
         )
 
 
@@ -162,13 +217,10 @@ def all_or_none(ranks: Ranks, stage: Callable[[], T]) -> T:
     Raises:
         RefusedError: it failed here or elsewhere; of the exception only the words are kept.
     """
-    result, reason = None, None
     try:
-        result = stage()
+        return ranks.together(stage, lambda error: isinstance(error, NonFiniteError), "it failed on {}")
     except LostRankError:
         raise
     except Exception as error:
         reason = "memory ran out" if is_out_of_memory(error) else str(error) or type(error).__name__
-    if not ranks.all_ok(reason is None):
-        raise RefusedError(reason or "it failed on another rank, whose log says why")
-    return result  # type: ignore[return-value]
+    raise RefusedError(reason)  # out here, or it would keep the exception and what that holds

@@ -84,6 +84,11 @@ class Schedule:
             "batches": self.batches,
         }
 
+    @property
+    def agreed(self) -> dict[str, Decision | int | None]:
+        """What must be the same on every rank."""
+        return {"next probe": self._next, "next decision": self._review}
+
     def window(self, accumulate: int) -> int:
         """Steps that a probe's batches take, with ``accumulate`` batches to a step."""
         return math.ceil(self.batches / accumulate)

@@ -36,6 +36,7 @@ class ProbeSettings:
     seed: int
     name: str
     rank_weights: RankWeights = "equal"
+    noise: bool = False
 
     @property
     def first_order(self) -> bool:

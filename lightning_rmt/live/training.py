@@ -26,6 +26,15 @@ def total_steps(trainer: Any) -> float:
     return float(trainer.estimated_stepping_batches)
 
 
+def dataset_size(trainer: Any) -> float:
+    """Samples in the training data; infinity where nobody knows (a stream, several loaders)."""
+    try:
+        loader = trainer.train_dataloader
+        return math.inf if loader.batch_size is None else float(len(loader.dataset))  # else it counts whole batches
+    except (AttributeError, TypeError, NotImplementedError):
+        return math.inf
+
+
 def seconds_left(trainer: Any) -> float:
     """Until the training is stopped by ``max_time``; infinity without one. Lightning keeps that limit in a callback."""
     left = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, timer_classes())]

@@ -1,4 +1,6 @@
-"""Local laws: what noise does to outliers and to a damping, and what to do about it. NumPy and SciPy only.
+"""Local laws: what noise does to outliers and to a damping, and what to do about it.
+
+NumPy and SciPy only, but for the measurement of the noise itself (``noise_scale``), which takes operators.
 
 Read ``damping`` first (noise eats damping), then ``resolvent`` (which part of a spectrum enters), ``cleaning`` (outliers),
 ``joint`` (noise in the gradient too) and ``multiplicative`` (Gauss-Newton matrices). ``batch_fit`` is the outlier map over
@@ -26,6 +28,7 @@ from lightning_rmt.local_law.joint import (
 )
 from lightning_rmt.local_law.learner import DampingLearner, curvature_variance
 from lightning_rmt.local_law.multiplicative import ggn_clean, ggn_damping_for, ggn_effective_damping
+from lightning_rmt.local_law.noise import NoiseScale, noise_scale
 from lightning_rmt.local_law.shrinkage import Shrinkage, ledoit_wolf, linear_shrinkage
 from lightning_rmt.local_law.vector_measure import VectorMeasure
 from lightning_rmt.local_law.weighted import MovingAverageWeights, clean_weighted
@@ -36,6 +39,7 @@ __all__ = [
     "JointDamping",
     "MovingAverageWeights",
     "NoDampingError",
+    "NoiseScale",
     "OutlierBatchFit",
     "Shrinkage",
     "VectorMeasure",
@@ -54,6 +58,7 @@ __all__ = [
     "ledoit_wolf",
     "linear_shrinkage",
     "noise_edge",
+    "noise_scale",
     "outlier_batch_fit",
     "self_consistent_damping",
     "smallest_damping",

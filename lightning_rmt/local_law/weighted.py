@@ -25,6 +25,9 @@ from lightning_rmt.local_law.arguments import vector
 
 #: Below this share of the largest, an eigenvalue is zero.
 ZERO = 1e-12
+#: Moments 0, 2, 4, ... of the kernel ``3 / (4 sqrt 5) (1 - u^2 / 5)``, and from where on they give its Hilbert transform.
+MOMENTS = tuple(3 * 5.0**k / ((2 * k + 1) * (2 * k + 3)) for k in range(6))
+FAR = 20.0
 #: Steps of Newton's method; twenty are plenty unless an eigenvalue sits far outside.
 STEPS = 100
 
@@ -171,10 +174,13 @@ def _transform(levels: NDArray[np.float64], zeros: int, samples: float) -> NDArr
     """``m(l + i0)`` at every level by the kernels of Ledoit and Wolf 2020 (section 4.1); zeros are a pole."""
     width = levels * samples ** (-1 / 3)
     u = (levels[:, None] - levels) / width
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         edge = np.log(np.abs((math.sqrt(5) - u) / (math.sqrt(5) + u)))
         curved = 3 / (4 * math.sqrt(5) * math.pi) * (1 - u**2 / 5) * edge
-    hilbert = -3 * u / (10 * math.pi) + np.where(np.isfinite(curved), curved, 0.0)
+        # far away the two terms cancel, and a spectrum may span many decades: there the moments of the kernel
+        far = -sum(moment / u ** (2 * k + 1) for k, moment in enumerate(MOMENTS)) / math.pi
+    near = -3 * u / (10 * math.pi) + np.where(np.isfinite(curved), curved, 0.0)
+    hilbert = np.where(np.abs(u) > FAR, far, near)
     density = 3 / (4 * math.sqrt(5)) * (1 - u**2 / 5).clip(0)
     smooth = math.pi * ((hilbert + 1j * density) / width).sum(axis=1)
     return np.asarray((smooth - zeros / levels) / (levels.size + zeros))

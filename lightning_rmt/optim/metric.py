@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rmt.curvature.parameters import ParameterBlock
-from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise
+from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise, shards_of
 
 Metric = Literal["auto", "adam", "identity"]
 METRICS: tuple[Metric, ...] = ("auto", "adam", "identity")
@@ -115,7 +115,7 @@ def in_metric(
         ValueError: the operator isn't of the block's size, or its vectors are spread over processes.
         RuntimeError: Adam has no second moments yet.
     """
-    if getattr(operator, "shards", None) is not None:
+    if shards_of(operator).local_size != operator.size:
         raise ValueError("the operator's vectors are spread over processes; build it with sharded=False")
     if block.size != operator.size:
         raise ValueError(

@@ -1,113 +1,100 @@
-"""What a base optimizer's step did to the weights, apart from decoupled weight decay."""
+"""An optimizer's weights and state before a step, to be put back bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rmt.curvature.parameters import ParameterBlock
-from lightning_rmt.optim.metric import flat_roots, group_of, inverse_roots
-from lightning_rmt.optim.subspace import Subspace
+#: Where heavy-ball momentum is kept, as in torch's SGD.
+HEAVY_BALL = "momentum_buffer"
+#: Names under which optimizers keep their first moment.
+MOMENTUM_KEYS = (HEAVY_BALL, "exp_avg", "momentum")
 
-# Since torch 2.7 AdamW is an Adam whose groups say so.
-_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+
+def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Every parameter of every group, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Snapshot:
-    """The weights as they were before a step.
+    """Weights, and perhaps ``optimizer.state``, as they are when this is made.
+
+    What an optimizer keeps elsewhere, in attributes of its own, isn't seen.
 
     Args:
-        block: whose.
+        optimizer: whose.
+        state: also copy its state; needed where a step may be undone.
 
     Attributes:
-        before: shape (n,), None until `take`.
+        weights: clones, in the order of `optimizer_parameters`.
+        momenta: the momentum buffers likewise, None for a parameter without one.
     """
 
-    def __init__(self, block: ParameterBlock) -> None:
-        self._block = block
-        self.before: Tensor | None = None
+    def __init__(self, optimizer: Optimizer, *, state: bool) -> None:
+        self._optimizer = optimizer
+        self.weights = [p.detach().clone() for p in optimizer_parameters(optimizer)]
+        self.momenta = [_copied(buffer) for buffer in momentum_buffers(optimizer)]
+        self._state = {key: _copied(entry) for key, entry in optimizer.state.items()} if state else None
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Copies the weights."""
-        self.before = self._block.flatten(self._block.tensors)
+    def restore(self) -> None:
+        """Puts weights and state back, into the same tensors."""
+        for p, before in zip(optimizer_parameters(self._optimizer), self.weights, strict=True):
+            p.copy_(before)
+        if self._state is not None:
+            _put_back(self._optimizer.state, self._state)
 
-    def after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, with `take` behind its first evaluation: it may change weights, and that is no part of the step."""
 
-        def evaluate() -> Any:
-            loss = closure()
-            if self.before is None:
-                self.take()
-            return loss
-
-        return evaluate
-
-    @torch.no_grad()
-    def step(self, base: Optimizer, moved: list[bool], decoupled: bool | None) -> Tensor:
-        """The step since then, shape (n,): zero for parameters that aren't moved, and without decoupled weight decay.
-
-        Args:
-            base: who took it.
-            moved: for each parameter, whether it counts.
-            decoupled: whether there is decoupled weight decay; None: as the base's class and groups say.
-        """
-        assert self.before is not None
-        groups = group_of(base)
-        for p, is_moved, part in zip(self._block.tensors, moved, self.before.split(self._block.sizes), strict=True):
-            if is_moved:
-                part.mul_(1 - _decay(base, groups[id(p)], decoupled))
-        step = self._block.flatten(
-            [p if is_moved else None for p, is_moved in zip(self._block.tensors, moved, strict=True)]
-        )
-        step.sub_(self.before)
-        self.before = None
-        for is_moved, part in zip(moved, step.split(self._block.sizes), strict=True):
-            if not is_moved:
-                part.zero_()
-        return step
+def momentum_buffers(optimizer: Optimizer) -> list[Tensor | None]:
+    """``state[p]["momentum_buffer"]`` of every parameter, None where there is none like the parameter."""
+    found = [optimizer.state.get(p, {}).get(HEAVY_BALL) for p in optimizer_parameters(optimizer)]
+    parameters = optimizer_parameters(optimizer)
+    return [m if isinstance(m, Tensor) and m.shape == p.shape else None for m, p in zip(found, parameters, strict=True)]
 
 
 @torch.no_grad()
-def shrink_step(
-    snapshot: Snapshot,
-    subspace: Subspace,
-    factors: NDArray[np.float64],
-    base: Optimizer,
-    metric: Literal["adam", "identity"],
-    decoupled: bool | None,
-) -> None:
-    """Takes back what a step did too much along a subspace.
-
-    Args:
-        snapshot: of the subspace's parameters before the step.
-        subspace: where steps are shrunk.
-        factors: by how much, shape (k,).
-        base: who took the step, with the state that it left.
-        metric: of the subspace's vectors.
-        decoupled: as for `Snapshot.step`.
-    """
-    block = subspace.block
-    roots = inverse_roots(base, block, metric)
-    # without a gradient the base left a parameter alone, and it stays so: P is cut to the others on both sides
-    moved = [p.grad is not None for p in block.tensors]
-    if roots is not None:
-        moved = [is_moved and root is not None for is_moved, root in zip(moved, roots, strict=True)]
-    step = snapshot.step(base, moved, decoupled)
-    correction = subspace.shrink(step, None if roots is None else flat_roots(block, roots), factors)
-    for p, is_moved, part in zip(block.tensors, moved, correction.split(block.sizes), strict=True):
-        if is_moved:
-            p.add_(part.view(p.shape).to(p))
+def halve_momentum(optimizer: Optimizer) -> None:
+    """Halves every first moment of the optimizer's state that goes by a usual name."""
+    for entry in optimizer.state.values():
+        if not isinstance(entry, dict):
+            continue
+        for key in MOMENTUM_KEYS:
+            if isinstance(entry.get(key), Tensor) and entry[key].is_floating_point():
+                entry[key].mul_(0.5)
 
 
-def _decay(base: Optimizer, group: dict[str, Any], decoupled: bool | None) -> float:
-    """Share that decoupled weight decay takes off a weight in one step."""
-    if decoupled is None:
-        decoupled = isinstance(base, _DECOUPLED) or bool(group.get("decoupled_weight_decay", False))
-    return float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decoupled else 0.0
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_copied(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _put_back(current: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    """Makes a dictionary what it was; tensors that are still there are filled, since others may hold on to them."""
+    for key in [key for key in current if key not in saved]:
+        del current[key]
+    for key, value in saved.items():
+        present = current.get(key)
+        if isinstance(value, Tensor) and isinstance(present, Tensor) and _alike(present, value):
+            present.copy_(value)
+        elif isinstance(value, dict) and isinstance(present, dict):
+            _put_back(present, value)
+        else:
+            current[key] = _copied(value)
+
+
+def _alike(present: Tensor, saved: Tensor) -> bool:
+    return (
+        present.shape == saved.shape
+        and present.dtype == saved.dtype
+        and present.device == saved.device
+        and present.layout == saved.layout
+    )

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
 from lightning_rmt.krylov.eigenpairs import EigenPairs, top_eigenpairs
 from lightning_rmt.krylov.lanczos import SymmetricOperator, product_noise
+from lightning_rmt.optim.base_step import Snapshot, shrink_step
 from lightning_rmt.optim.checkpoint import SPECTRAL, refuse_another_model, restore, save
 from lightning_rmt.optim.deflation import SMALLEST_GAP, Deflation, find_deflation, spectrum_with
 from lightning_rmt.optim.metric import Metric, block_of, in_metric, metric_of
 from lightning_rmt.optim.owner import BaseOwner, requires_closure
 from lightning_rmt.optim.progress import Progress
-from lightning_rmt.optim.snapshot import Snapshot, shrink_step
 from lightning_rmt.optim.subspace import subspace_of
 from lightning_rmt.reading import Reading
 from lightning_rmt.spectra.spectrum import Spectrum

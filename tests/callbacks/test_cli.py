@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rmt import SpectrumMonitor
+from lightning_rmt import KroneckerDiagnostics, SpectrumMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
@@ -35,6 +35,8 @@ ARGUMENTS = {
     "parameters": ["net.*"],
     "levels": None,  # there are none of a ggn
     "blocks": ["net.*"],
+    "noise": False,
+    "rank_weights": "samples",
     "microbatch": 2,
     "product": "exact",
     "autocast": True,
@@ -137,3 +139,26 @@ def test_wrong_types_are_refused_by_the_parser(namespace, cli, tmp_path, monkeyp
             ["--trainer.callbacks=lightning_rmt.SpectrumMonitor", f"--trainer.callbacks.{argument}={value}"],
         )  # fmt: skip
     assert argument in capsys.readouterr().err
+
+
+KRONECKER = {
+    "every_n_steps": 30, "factor_steps": 3, "held_out_steps": 8, "beta": 0.9, "parameters": ["net.*"], "max_dim": 64,
+    "max_memory_mib": 3.5, "name": "watch", "on_error": "raise",
+}  # fmt: skip
+
+
+@BOTH
+def test_kronecker_diagnostics(namespace, cli, tmp_path, monkeypatch):
+    assert set(KRONECKER) == set(inspect.signature(KroneckerDiagnostics).parameters)
+    config = {"trainer": {"callbacks": [{"class_path": "lightning_rmt.KroneckerDiagnostics", "init_args": KRONECKER}]}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    trainer = run(namespace, cli, tmp_path, monkeypatch, ["--config", str(path)]).trainer
+    watch = next(callback for callback in trainer.callbacks if isinstance(callback, KroneckerDiagnostics))
+    assert {argument: getattr(watch, argument) for argument in KRONECKER} == KRONECKER
+    assert watch.reading.name == "watch"
+    with pytest.raises(SystemExit):
+        run(
+            namespace, cli, tmp_path, monkeypatch,
+            ["--trainer.callbacks=lightning_rmt.KroneckerDiagnostics", "--trainer.callbacks.beta=slow"],
+        )  # fmt: skip

@@ -75,6 +75,10 @@ def compare(rank):
             "product_error": operator.product_error,
             "error": operator.error,
         }
+    made = cases.build("uneven batches")
+    local = build("hessian", [made.batches[i] for i in SHARDS[rank]], made)
+    equal = RankSum(local, weights="equal")
+    results["equal"] = {"product": equal.matmat(vectors(equal)), "gradient": equal.gradient, "loss": equal.loss_value}
     return results
 
 
@@ -254,6 +258,19 @@ def test_plain_means_would_be_wrong(outcomes):
     within = sum(part.matmat(V) * part.samples for part in covariances) / 11
     right = outcomes["compare"][0]["covariance"]["product"]
     assert float((within - right).norm() / right.norm()) > 0.01
+
+
+def test_equal_weights_are_what_ddp_optimises(outcomes):
+    """The mean of the ranks' means, as of their gradients, whatever they hold."""
+    made = cases.build("uneven batches")
+    parts = [build("hessian", [made.batches[i] for i in shard], made) for shard in SHARDS]
+    V = vectors(parts[0])
+    for rank in outcomes["compare"]:
+        seen = rank["equal"]
+        assert torch.allclose(seen["product"], sum(part.matmat(V) for part in parts) / 2, rtol=1e-12)
+        assert torch.allclose(seen["gradient"], sum(part.gradient for part in parts) / 2, rtol=1e-12)
+        assert seen["loss"] == pytest.approx(sum(part.loss_value for part in parts) / 2)
+        assert not torch.allclose(seen["product"], rank["hessian"]["product"], rtol=1e-3)
 
 
 def test_a_rank_that_raises_gives_nan_everywhere_and_nobody_hangs(outcomes):

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_rmt.curvature import fitting
-from lightning_rmt.curvature.errors import CurvatureError, GraphTooLargeError, NotAMeanError
+from lightning_rmt.curvature.errors import GraphTooLargeError, NotAMeanError
 from lightning_rmt.curvature.fitting import fitting_hessian, hessian_in_pieces
 from lightning_rmt.curvature.graph_memory import SECOND_ORDER_GROWTH
 from lightning_rmt.curvature.hessian import Hessian
+from lightning_rmt.krylov.collectives import OtherRankFailedError
 
 MEANS = ["mlp tanh", "cnn batchnorm eval", "lstm", "sdpa", "uneven batches", "tied", "frozen and unused", "checkpoint"]
 NESTED = ["dict batch", "dataclass batch", "nested batch", "named tuple batch"]
@@ -245,7 +246,7 @@ def test_ranks_take_every_attempt_together():
 
 def test_another_rank_that_fails_outright_ends_it_here_too():
     made = cases.build("mlp tanh")
-    with pytest.raises(CurvatureError, match="another rank"):
+    with pytest.raises(OtherRankFailedError, match="another rank"):
         fitting_hessian(made.loss, made.parameters, made.batches, None, (), lambda verdict: fitting.FAILED)
 
 

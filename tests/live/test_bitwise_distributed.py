@@ -8,7 +8,7 @@ import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 from lightning_rmt import SpectrumMonitor
 from lightning_rmt.callbacks import spectrum_monitor
 from lightning_rmt.live import memory
+from lightning_rmt.live.namespaces import MisconfigurationException
 
 # of Lightning: the metrics of one rank are what the test is about
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
@@ -61,11 +62,11 @@ class Sharded(Classifier):
             self.sharded = True
 
 
-def fsdp2() -> dict[str, Any]:
+def fsdp2(**options: Any) -> dict[str, Any]:
     strategy = ModelParallelStrategy(
         data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo", timeout=TIMEOUT
     )
-    return {"strategy": strategy, "devices": 2}
+    return {"strategy": strategy, "devices": 2, **options}
 
 
 CASES = (
@@ -82,6 +83,7 @@ CASES = (
     Case("ddp, synchronised logs", WritesToLogger, vectors, ddp()),
     Case("ddp, metric collection", Collected, vectors, ddp()),
     Case("fsdp2", Sharded, vectors, fsdp2),
+    Case("fsdp2, accumulate 2", Sharded, vectors, partial(fsdp2, accumulate_grad_batches=2)),
 )
 
 
@@ -203,3 +205,28 @@ def test_harness_sees_a_loss_that_is_taken_through_ddp(tmp_path):
     assert on_two_ranks(on_every_batch, tmp_path, accumulated, tmp_path) == [[], []]
     for seen in on_two_ranks(through_the_wrapper, tmp_path, accumulated, tmp_path):
         assert {"weights", "gradients"} <= set(seen)
+
+
+class Hybrid(Classifier):
+    """Replicated over one mesh dimension and sharded over another."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(self.net, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
+
+
+def refused(directory: Path) -> str:
+    monitor = SpectrumMonitor(every_n_steps=EVERY, lanczos_steps=4)
+    try:
+        train(Case("hybrid", Hybrid, vectors, fsdp2), directory, monitor)
+    except MisconfigurationException as error:
+        return str(error)
+    return "nothing"
+
+
+def test_hybrid_sharding_is_refused_before_the_first_step(tmp_path):
+    for said in on_two_ranks(refused, tmp_path, tmp_path):
+        assert "mesh of shape (2, 1): HSDP or tensor parallelism" in said
+        assert "fully_shard over one mesh dimension" in said

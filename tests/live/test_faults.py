@@ -247,7 +247,7 @@ def test_a_probe_that_works_again_starts_the_count_of_failures_afresh(control, t
             raise UserError(f"call {len(calls)}")
         return step_of(module, batch)
 
-    watch = monitor(loss_fn=loss_fn, levels=None)
+    watch = monitor(loss_fn=loss_fn, levels=None, noise=False)
     prints, said = watched(CASE, tmp_path, watch)
     assert differences(prints, control) == []
     assert steps(watch) == [4, 10]
@@ -361,7 +361,7 @@ def test_fewer_parameters_than_steps(size, tmp_path):
         expected.append(torch.linalg.eigvalsh(2 * x.T @ x / len(x)))
         return loss
 
-    watch = monitor(on_error="raise", lanczos_steps=20, loss_fn=loss_fn)
+    watch = monitor(on_error="raise", lanczos_steps=20, loss_fn=loss_fn, noise=False)
     assert differences(train(case, tmp_path, watch), train(case, tmp_path)) == []
     assert steps(watch) == PROBES
     assert watch.reading.spectrum.size == size

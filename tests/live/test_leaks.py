@@ -141,7 +141,7 @@ def test_a_leak_at_every_probe_is_seen(what, tmp_path):
         return loss
 
     probes = WARM_UP + 40
-    counts = watched(tmp_path, monitor(loss_fn=loss_fn, levels=None), probes)
+    counts = watched(tmp_path, monitor(loss_fn=loss_fn, levels=None, noise=False), probes)
     assert len(kept) == probes + 1
     if what == "memory of another kind":
         assert counts.grown > GROWTH

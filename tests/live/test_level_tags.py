@@ -104,7 +104,9 @@ def test_no_spacing_of_ritz_values_is_logged(run):
     for reading in run.readings:
         nodes = reading.spectrum.nodes
         assert nodes.shape == (2, 100)
-        of_nodes = [spacing_ratios(row).mean() for row in (*nodes, np.sort(nodes.ravel()))]
+        of_nodes = [
+            spacing_ratios(row).mean() for row in (*nodes, np.unique(nodes))
+        ]  # both runs find the same outliers
         logged = [values[reading.step] for tag, values in run.scalars.items() if tag.endswith("spacing_ratio")]
         assert logged == pytest.approx([block.statistics.spacing_ratio for block in reading.levels], rel=1e-6)
         assert np.abs(np.subtract.outer(logged, of_nodes)).min() > 0.01

@@ -51,6 +51,30 @@ def test_the_best_basis_that_fits(available, expected):
     assert plan(N, M, 1, F32, available) == Plan(expected, M)
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [(M * VECTOR, "host"), (M * VECTOR - 1, "half"), (0, "half")],
+)
+def test_the_hosts_memory_before_a_lesser_basis(host, expected):
+    short = WORKING + M * VECTOR - 1
+    assert plan(N, M, 1, F32, short, host=host) == Plan(expected, M)
+    assert plan(N, M, 1, F32, short + 1, host=host) == Plan("full", M)
+    assert plan(N, M, 1, F32, short, host=host, largest="half").basis == "half"
+    light = plan(N, M, 1, F32, short, host=host, light=True)
+    assert light == (Plan("host", M) if expected == "host" else Plan("full", M - 1))
+
+
+def test_a_cpu_has_no_other_host():
+    assert live_memory.host_bytes(torch.device("cpu")) == 0
+
+
+def test_ranks_share_the_basis():
+    """With 1/4 of every vector, a quarter of the bytes, besides the whole vectors of a product."""
+    quarter = (WHOLE_VECTORS * N + LOCAL_VECTORS * N // 4) * 4 + M * VECTOR // 4
+    assert plan(N, M, 1, F32, quarter, local_size=N // 4) == Plan("full", M)
+    assert plan(N, M, 1, F32, quarter - 1, local_size=N // 4).basis == "half"
+
+
 def test_more_starts_and_wider_vectors_take_more():
     assert plan(N, M, 3, F32, WORKING + M * VECTOR).basis == "half"
     assert plan(N, M, 1, torch.float64, WORKING + M * VECTOR).basis == "half"

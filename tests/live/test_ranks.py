@@ -57,6 +57,61 @@ def test_a_stage_that_fails_on_one_rank_fails_on_all(tmp_path):
     assert second == ([OtherRankFailedError.__name__, "ValueError"], "after")
 
 
+def agrees_three_times():
+    """A stage with three agreements, left by one rank or the other before each of them."""
+    ranks = pair()
+    seen = []
+    for failing in (0, 1):
+        for place in range(4):
+
+            def stage(failing=failing, place=place):
+                for number in range(3):
+                    if (ranks.rank, number) == (failing, place):
+                        raise ValueError(f"before {number}")
+                    assert ranks.agree(5 + ranks.rank) == 5
+                return "fine"
+
+            try:
+                seen.append(ranks.together(stage))
+            except Exception as error:
+                seen.append(f"{type(error).__name__}: {error}")
+    return seen, ranks.together(lambda: "after")
+
+
+def test_a_stage_may_be_left_before_any_of_its_agreements(tmp_path):
+    one, two = on_two_ranks(agrees_three_times, tmp_path)
+    own = [f"ValueError: before {n}" for n in range(3)]
+    others = [
+        [f"OtherRankFailedError: the probe failed on rank {rank} ({words}). All ranks skip this one" for words in own]
+        for rank in (0, 1)
+    ]
+    assert one == ([*own, "fine", *others[1], "fine"], "after")
+    assert two == ([*others[0], "fine", *own, "fine"], "after")
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def words_that_fail():
+    ranks = pair()
+
+    def stage():
+        if ranks.rank == 1:
+            raise Speechless
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        ranks.together(stage)
+    return type(caught.value).__name__, "" if ranks.rank else str(caught.value)
+
+
+def test_an_exception_without_words(tmp_path):
+    one, two = on_two_ranks(words_that_fail, tmp_path)
+    assert one == ("OtherRankFailedError", "the probe failed on rank 1 (Speechless). All ranks skip this one")
+    assert two == ("Speechless", "")
+
+
 def test_an_interrupt_is_not_held_back():
     def interrupted():
         raise KeyboardInterrupt

@@ -127,3 +127,13 @@ def test_refusals():
     for arguments in ((1.0, 3, [1.0]), (0.9, 0, [1.0]), (0.9, 3, []), (0.9, 3, [0.0]), (0.9, 3, [-1.0, 2.0])):
         with pytest.raises(ValueError, match="a moving average has"):
             MovingAverageWeights(*arguments)
+
+
+@pytest.mark.parametrize("exponent", [4, 6])
+def test_spectra_over_many_decades(exponent):
+    """Small eigenvalues are far away in units of their own bandwidth; large numbers cancel there."""
+    levels, truth = factor(power(64, exponent), power(32), 0.95, 60)
+    cleaned = clean_weighted(levels, MovingAverageWeights(0.95, 60, power(32)))
+    assert levels[-1] / levels[0] > 10**exponent
+    assert np.abs(np.log(cleaned / truth)).max() < 0.3
+    assert np.median(np.abs(np.log(cleaned / truth))) < 0.5 * np.median(np.abs(np.log(levels / truth)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -307,7 +309,7 @@ def test_what_doesnt_fit_is_explained():
         optimizer.update(spectrum, nowhere, parameters=other)
 
     class Spread(Matrix):
-        shards = object()
+        shards = SimpleNamespace(local_size=100)
 
     with pytest.raises(ValueError, match="spread over processes; build it with sharded=False"):
         optimizer.refresh(Spread(matrix))
@@ -337,6 +339,24 @@ def test_a_callable_damping_is_asked_with_the_number_of_steps():
         backward()
         optimizer.step()
     assert asked == [0, 1, 2]
+
+
+def test_ranks_agree_when_a_run_in_the_metric_ends():
+    matrix = spiked(200)[0]
+    parameters, backward = quadratic(matrix, (200,))
+    optimizer = SpectralPreconditioner(torch.optim.Adam(parameters))
+    backward()
+    optimizer.step()
+    asked = []
+
+    class Agreeing(Matrix):
+        def agree(self, fine):
+            asked.append(fine)
+            return fine
+
+    optimizer.refresh(Agreeing(matrix))
+    assert True in asked  # the basis has its memory
+    assert False in asked  # the run isn't at its end yet
 
 
 def test_a_refresh_keeps_no_graph_alive():

@@ -183,7 +183,7 @@ def test_laws_are_logged_with_their_errors_and_floors(known):
     assert got["rmt/fit/semicircle_floors"] == pytest.approx(reading.laws.fits[0].relative)
     assert "semicircle" in verdicts(reading)["rmt/fit"]
     assert "accepted" not in verdicts(reading)["rmt/fit"]
-    assert "fit/marchenko_pastur" in " ".join(refusals(reading))
+    assert "fit/product_wishart" in " ".join(refusals(reading))
 
 
 def test_groups_of_parameters_have_their_own_numbers(known):

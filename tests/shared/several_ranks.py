@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,39 @@ def on_ranks(ranks: int, function: Callable[..., Any], directory: Path, *argumen
     Forked, not spawned: half a second instead of ten, and the function need not be importable. A rank that raises ends
     the other one, and its traceback is raised here.
     """
+    context = _start(ranks, function, directory, arguments)
+    while not context.join(JOIN_SECONDS):
+        pass
+    return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(ranks)]
+
+
+def on_one_survivor(
+    survivor: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float
+) -> Any:
+    """`function(*arguments)` on two ranks, of which only one lives to return; both are ended after so many seconds."""
+    context = _start(RANKS, function, directory, arguments)
+    end, result = time.monotonic() + seconds, _result(directory, survivor)
+    try:
+        while time.monotonic() < end and context.processes[survivor].is_alive() and not result.exists():
+            time.sleep(0.05)
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+    return pickle.loads(result.read_bytes())
+
+
+def _start(ranks: int, function: Callable[..., Any], directory: Path, arguments: tuple[Any, ...]) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    for rank in range(ranks):
+        _result(directory, rank).unlink(missing_ok=True)
     context = mp.start_processes(
         _child, (ranks, port, directory, function, arguments), nprocs=ranks, join=False, start_method="fork"
     )
     assert context is not None
-    while not context.join(JOIN_SECONDS):
-        pass
-    return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(ranks)]
+    return context
 
 
 def _result(directory: Path, rank: int) -> Path:
@@ -59,7 +83,10 @@ def _child(
         "TORCHELASTIC_RUN_ID": "test",
     }
     try:
-        _result(directory, rank).write_bytes(pickle.dumps(function(*arguments)))
+        result = _result(directory, rank)
+        partial = result.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(function(*arguments)))
+        partial.rename(result)  # there as a whole, or not at all
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

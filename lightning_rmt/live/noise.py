@@ -1,0 +1,126 @@
+"""The noise of the curvature matrix on the live module, from the two halves of a probe's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_rmt.curvature.batches import micro_batches, sample_count
+from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.krylov.ritz_vectors import ritz_vectors
+from lightning_rmt.live.batches import CapturedBatch
+from lightning_rmt.live.memory import Memory
+from lightning_rmt.live.operators import build_operator
+from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
+from lightning_rmt.live.settings import ProbeSettings
+from lightning_rmt.local_law.noise import NoiseScale, noise_scale
+from lightning_rmt.spectra.spectrum import Spectrum
+
+#: Directions that are kept out of the bulk's noise, at most, and where outliers can't be counted.
+MOST_DIRECTIONS, UNCOUNTED = 16, 10
+#: Random vectors, and outliers whose own noise is measured: with half batches, four products' worth in all.
+RANDOM, RESOLVED = 2, 2
+
+
+def outlier_directions(spectrum: Spectrum, basis: Tensor, operator: CurvatureOperator) -> Tensor | None:
+    """Ritz vectors of the outliers, largest first; of the largest certified eigenvalues where those can't be counted.
+
+    Args:
+        spectrum: of the operator.
+        basis: of its first run, or this rank's part of it.
+        operator: says where they are wanted.
+
+    Returns:
+        Shape (k, n) or this rank's parts of them; None where nothing is certified.
+    """
+    counts = spectrum.outliers.high.count, spectrum.outliers.low.count
+    high = UNCOUNTED if counts[0] is None else counts[0]
+    levels = [*spectrum.top[:high], *spectrum.bottom[: counts[1] or 0]]
+    levels = levels[: min(MOST_DIRECTIONS, operator.size // 2)]
+    if not levels:
+        return None
+    nodes = spectrum.runs[0].nodes
+    places = dict.fromkeys(int(np.abs(nodes - level.value).argmin()) for level in levels)
+    return ritz_vectors(spectrum.runs[0], basis, list(places), operator.device).to(operator.dtype)
+
+
+def measure_noise(
+    module: Any,
+    batches: Sequence[CapturedBatch],
+    outliers: Tensor | None,
+    settings: ProbeSettings,
+    ranks: Ranks,
+    memory: Memory,
+    *,
+    mixed_precision: bool,
+    seed: int,
+) -> tuple[NoiseScale | None, tuple[str, ...]]:
+    """The noise of matrices on half of the curvature batches, and why it can't be had.
+
+    Called inside the fence, by all ranks.
+
+    Args:
+        module: the LightningModule.
+        batches: this rank's curvature batches.
+        outliers: see `outlier_directions`.
+        settings: which matrix of which parameters.
+        ranks: all that take part.
+        memory: what graphs may take.
+        mixed_precision: whether the fence computes in it.
+        seed: of the random vectors.
+    """
+    if not settings.noise:
+        return None, ()
+    with ExitStack() as stack:
+
+        def build() -> list[CurvatureOperator]:
+            built = []
+            for half in _halves(batches):
+                operator, _, _ = build_operator(
+                    module,
+                    half,
+                    settings,
+                    mixed_precision=mixed_precision,
+                    product="exact",
+                    memory=memory,
+                    agree=ranks.agree,
+                )
+                stack.callback(operator.release)
+                if not operator.exact:
+                    raise RefusedError("finite differences are too imprecise for the difference of two matrices")
+                built.append(operator)
+            return built
+
+        try:
+            halves = all_or_none(ranks, build)
+            first, second = (
+                all_or_none(ranks, lambda half=half: ranks.mean(half, settings.rank_weights))  # type: ignore[misc]
+                for half in halves
+            )
+
+            def run() -> NoiseScale:
+                return noise_scale(first, second, RANDOM, seed, outliers=outliers, resolved=RESOLVED)
+
+            return all_or_none(ranks, run), ()
+        except RefusedError as error:
+            return None, (f"no noise scale: {error}",)
+
+
+def _halves(batches: Sequence[CapturedBatch]) -> tuple[list[CapturedBatch], list[CapturedBatch]]:
+    """Two disjoint halves: of the list if that is even, else of the samples of every batch."""
+    if len(batches) % 2 == 0:
+        return list(batches[::2]), list(batches[1::2])
+    first, second = [], []
+    for captured in batches:
+        size = sample_count(captured.batch)
+        if size < 2:
+            raise RefusedError("a single sample has no halves; take batches=2")
+        one, other = micro_batches(captured.batch, -(-size // 2))
+        first.append(replace(captured, batch=one))
+        second.append(replace(captured, batch=other))
+    return first, second

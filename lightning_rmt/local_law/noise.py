@@ -1,0 +1,167 @@
+"""How noisy a curvature matrix is: the difference of two half batches' products, with random vectors and with outliers.
+
+The one place in this package that takes operators, and with them torch; nothing else here imports it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+#: Fewest random vectors for a standard error.
+FEWEST_FOR_ERROR = 2
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """The noise of a batch's curvature matrix around that of all data, as a GOE(s) matrix would have it.
+
+    Attributes:
+        mean: s, in the operator's units, for batches of ``batch_size``: ``s^2 = E |N z|^2 / n`` over random directions z
+            away from the outliers, so that a flat bulk of such noise ends at 2 s.
+        stderr: one standard error of it, by the jackknife over random vectors: how well these two half batches' noise is
+            known, not how it differs from batch to batch. None with one vector.
+        batch_size: samples; None where the operators don't say how many they have.
+        anisotropy: variance that the noise has in the outliers' directions over ``s^2``, as far as it leads away from
+            them: it is what moves an outlier from theta to about ``theta + anisotropy * s^2 / theta``. 1 for a GOE; 40 to 60
+            measured on digits networks. None without outliers.
+        products: operator products that it took; one with a half batch counts half.
+    """
+
+    mean: float
+    stderr: float | None
+    batch_size: float | None
+    anisotropy: float | None
+    products: float
+
+    @property
+    def edge(self) -> float:
+        """Where a bulk of nothing but such noise ends: 2 s."""
+        return 2.0 * self.mean
+
+    def at(self, batch_size: float, dataset_size: float = math.inf) -> NoiseScale:
+        """The noise of batches of another size, drawn without replacement: ``s^2`` goes as ``1/b - 1/N``.
+
+        Args:
+            batch_size: b, above 0 and at most ``dataset_size``.
+            dataset_size: N. The known ``batch_size`` is taken as from the same data; with N infinite, both are.
+
+        Raises:
+            ValueError: a size is out of its range, or this noise is of batches of unknown size.
+        """
+        if self.batch_size is None:
+            raise ValueError("the noise is of batches of unknown size, so it can't be had for another one")
+        if not 0 < batch_size <= dataset_size:
+            raise ValueError(
+                f"batch_size must be above 0 and at most dataset_size, got {batch_size} and {dataset_size}"
+            )
+        per_sample = 1.0 / self.batch_size  # of halves, whose difference knows nothing of N
+        factor = math.sqrt((1.0 / batch_size - 1.0 / dataset_size) / per_sample)
+        stderr = None if self.stderr is None else self.stderr * factor
+        return replace(self, mean=self.mean * factor, stderr=stderr, batch_size=batch_size)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain values."""
+        return asdict(self)
+
+
+def noise_scale(
+    first: Any, second: Any, probes: int = 2, seed: int = 0, *, outliers: Any = None, resolved: int = 2
+) -> NoiseScale:
+    """Measures the noise from two disjoint half batches: ``s^2 = E |(H_1 - H_2) z|^2 / (2 n)``.
+
+    The halves' difference knows the variance of one sample's curvature exactly, whatever the size of the data set (sampling
+    without replacement); `NoiseScale.at` has the correction for that. Outliers are projected out of z and of the product:
+    their noise is far larger, and would be taken for the bulk's.
+
+    Args:
+        first: operator on one half batch (see ``curvature/``); with ``shards`` on every rank.
+        second: on the other half, of the same parameters.
+        probes: random vectors.
+        seed: of these.
+        outliers: orthonormal eigenvectors to keep out, shape (k, n) (this process's parts of them), or None.
+        resolved: take products with so many of these, the first ones, for `NoiseScale.anisotropy`.
+
+    Returns:
+        The noise of a batch as large as one half (their harmonic mean, if they differ).
+
+    Raises:
+        ValueError: the operators' sizes differ, ``probes`` is below 1, no direction is left, or products are NaN or
+            infinite.
+        Exception: over several processes, whatever went wrong in this one; the others see NaN.
+    """
+    from lightning_rmt.krylov.lanczos import shards_of, start_vector
+    from lightning_rmt.krylov.reductions import inner_products, subtract_combination
+    from lightning_rmt.krylov.tridiagonal import NonFiniteError
+
+    if first.size != second.size:
+        raise ValueError(f"the halves' operators must be of one size, got {first.size} and {second.size}")
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}")
+    shards = shards_of(first)
+    kept = 0 if outliers is None else outliers.shape[0]
+    chosen = min(resolved, kept)
+    if kept >= first.size:
+        raise ValueError(f"all {first.size} directions are outliers, which leaves none for the noise of the bulk")
+
+    # Between two collectives a process that fails alone goes on (`Shards.attempt`): the others wait for it.
+    def inner(rows: Any, vectors: Any) -> Any:
+        """Inner products over all processes, shape (vectors, rows), in one all-reduce."""
+        nan = vectors.new_full((len(vectors), len(rows)), math.nan).double()
+        parts = shards.attempt(lambda: _stacked([inner_products(rows, vector) for vector in vectors]), nan)
+        return shards.total(parts.reshape(-1)).reshape(nan.shape)
+
+    def project(vectors: Any) -> None:
+        """Takes the outliers' directions out, in place."""
+        if kept:
+            coefficients = inner(outliers, vectors)
+
+            def subtract() -> None:
+                for vector, coefficient in zip(vectors, coefficients, strict=True):
+                    subtract_combination(vector, outliers, coefficient)
+
+            shards.attempt(subtract, None)
+
+    drawn = [start_vector(first, seed + 104_729 * (1 + probe)) for probe in range(probes)]
+    failed = drawn[0].new_full((1, 1), math.nan).expand(probes + chosen, drawn[0].shape[0])
+    vectors = shards.attempt(lambda: _stacked([*drawn, *([] if outliers is None else outliers[:chosen])]), failed)
+    project(vectors[:probes])
+    lengths = inner(vectors[:probes], vectors[:probes]).diagonal()
+    one, other = first.matmat(vectors), second.matmat(vectors)
+    noise = shards.attempt(lambda: one - other, failed)
+    moved = inner(noise[probes:], noise[probes:]).diagonal() if chosen else None
+    along = inner(vectors[probes:], noise[probes:]).diagonal() if chosen else None
+    project(noise[:probes])
+    squares = (inner(noise[:probes], noise[:probes]).diagonal() / lengths).tolist()
+    for half in (first, second):
+        shards_of(half).settle()
+    if not all(map(math.isfinite, squares)):
+        raise NonFiniteError("the difference of the halves' products is NaN or infinite")
+
+    scale, error = _jackknife([square / 2.0 for square in squares])  # the halves' difference has both their noises
+    anisotropy = None
+    if moved is not None and along is not None and scale > 0.0:
+        anisotropy = float(((moved - along**2) / 2.0).clamp(min=0.0).mean()) / scale**2
+    sizes = [getattr(operator, "samples", None) for operator in (first, second)]
+    size = 2.0 / (1.0 / sizes[0] + 1.0 / sizes[1]) if sizes[0] and sizes[1] else None
+    return NoiseScale(scale, error, size, anisotropy, float(probes + chosen))
+
+
+def _stacked(vectors: list[Any]) -> Any:
+    """Shape (k, n) from k vectors."""
+    rows = vectors[0].new_empty(len(vectors), vectors[0].shape[0])
+    for row, vector in zip(rows, vectors, strict=True):
+        row.copy_(vector)
+    return rows
+
+
+def _jackknife(squares: list[float]) -> tuple[float, float | None]:
+    """The root of the mean, and its standard error by leaving out one at a time."""
+    count, total = len(squares), sum(squares)
+    scale = math.sqrt(total / count)
+    if count < FEWEST_FOR_ERROR:
+        return scale, None
+    without = [math.sqrt(max(total - value, 0.0) / (count - 1)) for value in squares]
+    centre = sum(without) / count
+    return scale, math.sqrt((count - 1) / count * sum((value - centre) ** 2 for value in without))

@@ -1,0 +1,278 @@
+"""The damping of any optimizer, from the curvature of an independent batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_rmt.local_law.damping import effective_damping, self_consistent_damping
+from lightning_rmt.local_law.errors import NoDampingError
+from lightning_rmt.optim.adjustment import change, smoothed
+from lightning_rmt.optim.judge import Questions, judge
+from lightning_rmt.optim.knob import Knob
+from lightning_rmt.optim.look import Look
+from lightning_rmt.optim.report import DampingReport
+from lightning_rmt.optim.settings import DampingSettings, GuardSteps, Method, Mode
+from lightning_rmt.optim.state import ControllerState
+from lightning_rmt.optim.taken_step import LossFunction, TakenStep
+from lightning_rmt.optim.targets import TargetArgument
+from lightning_rmt.spectra.spectrum import Spectrum
+
+#: Noise whose variance is below this share of the largest squared eigenvalue is none.
+NOISE_FREE = 1e-6
+
+
+class DampingController:
+    """Sets the damping of an optimizer so that its steps are neither too long nor too short on other data.
+
+    Three parts. *Start*: the closed form of the local law, where `update` was given a spectrum; then a search at the first
+    step, which is taken again with other dampings until it fits. *Run*: every so many steps, ``r = d'H d / (-g.d)`` along
+    the step d (learning rate divided out) with the curvature H of an independent batch and the step's own gradient g; r is
+    the inverse of the step length that H calls for, whatever the noise is like; the damping is multiplied by it. The same
+    with the step's own batch's curvature counts where it is larger: near interpolation other batches show hardly any.
+    *Guard*: a step after which its own batch's loss is ``guard`` times what it was is undone, bit for bit, and the damping
+    raised.
+
+    In a training loop, after ``backward()`` and in place of ``optimizer.step()``::
+
+        controller = DampingController(mode="control").attach(optimizer)
+        ...
+        controller.step(lambda: loss(batch), lambda: loss(other_batch), before=loss_of_this_batch)
+
+    A framework that steps by itself calls `before_step` and `after_step` around it. A library that takes a callable takes
+    the controller: ``damping=controller``.
+
+    That curvature should be judged on an independent batch is SketchySGD's idea (Frangella et al. 2022, there for the
+    learning rate); the trust part of ``"two-part"`` is Levenberg and Marquardt's, with the thresholds of kfac-jax.
+
+    Args:
+        target: a key of ``param_groups``; ``(get, set)`` functions; ``"call"`` where a library calls the controller; None
+            for the first of ``damping``, ``delta``, ``rho`` and ``mu`` that is there. ``eps`` is only taken when asked for:
+            measured, no training loss gains from it. Groups keep the ratios of their values.
+        method: ``"heldout"``, as above; ``"local-law"``, only the closed form at each `update`, without any product;
+            ``"two-part"``, at least what the held-out curvature asks for and at least a trust part, which follows from how
+            far the batch's own loss is from quadratic: for full batches, whose curvature has no noise. A spectrum without
+            noise switches to it.
+        every: steps between measurements.
+        init: ``"local-law"``, or the damping to start with.
+        bounds: smallest and largest damping.
+        rel_bounds: the same in units of the largest absolute eigenvalue, from the first `update` on.
+        max_change: largest factor by which one measurement changes the damping.
+        ema: share of the old damping that is kept, in logarithms.
+        deadband: ratios r that are right as they are: following the noise of single batches makes the damping nervous.
+        guard: see above; None: never. Costs a loss per guarded step, two where ``before`` isn't given.
+        guard_factor: what a rejected step multiplies the damping by. Its momentum is halved.
+        guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step. Where
+            it was measured only the latter made runs from very different dampings end alike: see ``docs/damping.md``.
+        mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
+
+    Attributes:
+        settings: the arguments, but for ``target``.
+        report: what the last measured step said, None before one.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        target: TargetArgument = None,
+        method: Method = "heldout",
+        every: int = 25,
+        init: Literal["local-law"] | float = "local-law",
+        bounds: tuple[float, float] = (1e-8, 1e3),
+        rel_bounds: tuple[float, float] | None = None,
+        max_change: float = 2.0,
+        ema: float = 0.0,
+        deadband: tuple[float, float] = (0.7, 1.3),
+        guard: float | None = 1.5,
+        guard_factor: float = 4.0,
+        guard_steps: GuardSteps = "probe",
+        mode: Mode = "log",
+    ) -> None:
+        self.settings = DampingSettings(
+            method, every, init, bounds, rel_bounds, max_change, ema, deadband, guard, guard_factor, guard_steps, mode
+        )
+        self.report: DampingReport | None = None
+        self._target = target
+        self._knob = Knob(self.settings)
+        self._group: dist.ProcessGroup | None = None
+        self._buffers: list[Tensor] = []
+        self._taken: TakenStep | None = None
+        self._busy = False
+
+    # --- what is set up -------------------------------------------------------------------------------------------
+
+    def attach(
+        self, optimizer: Optimizer, *, group: dist.ProcessGroup | None = None, buffers: Iterable[Tensor] = ()
+    ) -> DampingController:
+        """Finds the optimizer's damping; to be called once, before the first step.
+
+        Args:
+            optimizer: any; what it keeps outside ``param_groups`` and ``state`` can't be put back by the guard.
+            group: decide together with these ranks, which must all call the controller at the same steps.
+            buffers: tensors that the loss functions change, such as ``model.buffers()`` with batch normalisation.
+
+        Returns:
+            The controller itself.
+
+        Raises:
+            TypeError: the target is no number, or ``target`` nothing that can be one.
+            ValueError: the optimizer has no such damping, or nothing that it is for can be trained.
+        """
+        self._knob.attach(optimizer, self._target)
+        self._group, self._buffers, self._taken = group, list(buffers), None
+        return self
+
+    def update(self, spectrum: Spectrum, noise: float, *, spectrum_noise: float | None = None) -> None:
+        """Takes over a spectrum: the damping to start with, or with the method ``"local-law"`` to go on with.
+
+        Later ones are for the report. Without noise (its variance below a millionth of the largest squared eigenvalue) there
+        is nothing to start from, and held-out curvature says nothing either: the method is ``"two-part"`` from then on,
+        of which only the trust part is left.
+
+        Args:
+            spectrum: of the curvature.
+            noise: scale s of the noise in the curvature of a *training* batch: half as much for four times the samples.
+            spectrum_noise: in that of the spectrum, where it is another; see `local_law.self_consistent_damping`.
+
+        Raises:
+            TypeError: the spectrum is none.
+            ValueError: a noise scale is negative or not finite, or the spectrum has more noise than a batch.
+        """
+        knob, state, settings = self._knob, self._knob.state, self.settings
+        found = self_consistent_damping(noise, spectrum, spectrum_noise=spectrum_noise)
+        state.local_law = found
+        state.largest = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
+        state.noise_free = noise**2 <= NOISE_FREE * state.largest**2
+        if knob.controls and not state.noise_free and found > 0:
+            if settings.method == "local-law" and state.started:
+                factor = change(found / state.damping, settings.max_change)
+                knob.set(smoothed(state.damping, state.damping * factor, settings.ema))
+            elif settings.method == "local-law" or (settings.init == "local-law" and state.steps == 0):
+                knob.set(found)
+                state.started = True
+        try:
+            state.effective = effective_damping(knob.damping, noise, spectrum, spectrum_noise=spectrum_noise)
+        except NoDampingError:
+            state.effective = None
+
+    # --- what happens around a step -------------------------------------------------------------------------------
+
+    def step(
+        self,
+        loss: LossFunction | None = None,
+        held_out: LossFunction | None = None,
+        *,
+        before: Tensor | float | None = None,
+        take: Callable[[], Any] | None = None,
+    ) -> DampingReport | None:
+        """Steps the optimizer, after ``backward()``; measures, guards and changes the damping when due.
+
+        The functions are called when they are needed only: ``loss`` and ``held_out`` once in ``every`` steps each.
+
+        Args:
+            loss: returns this batch's mean loss as a scalar tensor, without ``backward()``; None: no guard, no trust part.
+            held_out: the same of a batch that is independent of this one; None: no held-out measurement.
+            before: this batch's loss before the step, where it is at hand: saves a forward pass.
+            take: takes the step; None: ``optimizer.step``. For a preconditioner that rewrites the gradients, for example
+                ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients.
+
+        Returns:
+            What was seen; None where this step wasn't looked at.
+
+        Raises:
+            RuntimeError: the controller isn't attached.
+        """
+        self.before_step()
+        if self._taken is not None and self.due:
+            self._taken.keep_gradients()
+        if take is None:
+            take = self._knob.optimizer.step
+        take()
+        return self.after_step(loss, held_out, before=before, retake=take)
+
+    def before_step(self) -> None:
+        """The first half of `step`: remembers where the step starts.
+
+        Raises:
+            RuntimeError: the controller isn't attached.
+        """
+        if self._busy:
+            return
+        knob, settings = self._knob, self.settings
+        optimizer = knob.optimizer
+        knob.look_for_others()
+        guarded = knob.controls and settings.guard is not None and (self.due or settings.guard_steps == "every")
+        measured = self.due and settings.method != "local-law"
+        undo = guarded or (measured and knob.searching)
+        wanted = guarded or measured
+        self._taken = TakenStep(optimizer, knob.target, undo=undo, buffers=self._buffers) if wanted else None
+
+    def after_step(
+        self,
+        loss: LossFunction | None = None,
+        held_out: LossFunction | None = None,
+        *,
+        before: Tensor | float | None = None,
+        retake: Callable[[], Any] | None = None,
+    ) -> DampingReport | None:
+        """The second half of `step`, with the gradients still there.
+
+        Args:
+            loss: see `step`, like ``held_out`` and ``before``.
+            held_out: see there.
+            before: see there.
+            retake: takes the same step again, with the same gradients; calls of `before_step` and `after_step` in it are
+                passed over. None: the first calibration is spread over the first steps, one product each.
+        """
+        if self._busy:
+            return None
+        taken, self._taken = self._taken, None
+        report = None
+        if taken is not None:
+            self._busy = True
+            try:
+                questions = Questions(loss, held_out, before, retake)
+                report = self.report = judge(self._knob, Look(taken, self._group), questions)
+            finally:
+                self._busy = False
+        self._knob.state.steps += 1
+        return report
+
+    # --- what it says ---------------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that comes, or was just taken, is measured: whether it needs a held-out batch."""
+        return self._knob.due
+
+    @property
+    def mode(self) -> Mode:
+        """The current one: ``"log"`` for good once somebody else has changed the damping."""
+        return self._knob.state.mode
+
+    @property
+    def damping(self) -> float:
+        """The damping in use: the largest, where groups have different ones."""
+        return self._knob.damping
+
+    def __call__(self, step: int | None = None) -> float:
+        """The damping, for libraries that call for it; they may pass their step, which isn't used."""
+        return self.damping
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides what comes next: plain numbers."""
+        return self._knob.state.to_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, before or after `attach`; the optimizer's own state is loaded apart.
+
+        Raises:
+            ValueError: it is no such state.
+        """
+        self._knob.load(ControllerState.from_dict(saved))

@@ -1,0 +1,172 @@
+"""What follows from one step: search, update, trust part and guard, in this order."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_rmt.optim.adjustment import WIDE, RootSearch, change, smoothed, trust_change
+from lightning_rmt.optim.errors import NoCalibrationError
+from lightning_rmt.optim.knob import Knob
+from lightning_rmt.optim.look import Look, Ratio, same_direction
+from lightning_rmt.optim.report import DampingReport
+from lightning_rmt.optim.snapshot import halve_momentum
+from lightning_rmt.optim.taken_step import LossFunction
+
+
+class Questions(NamedTuple):
+    """What a caller gave for one step; see `DampingController.after_step`."""
+
+    loss: LossFunction | None
+    held_out: LossFunction | None
+    before: Tensor | float | None
+    retake: Callable[[], Any] | None
+
+
+def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
+    """Measures the step and, in control, changes the damping or undoes the step."""
+    state, settings = knob.state, knob.settings
+    ratio: Ratio | None = None
+    reduction = refused = None
+    proposal = knob.damping
+    if knob.due and settings.method != "local-law":
+        try:
+            if knob.held_out_wanted and (asked.held_out is not None or settings.method == "heldout"):
+                ratio, proposal = (_search if knob.searching else _follow)(knob, look, asked)
+            if settings.method == "two-part" or state.noise_free:
+                reduction, proposal = _trust(knob, look, asked, proposal)
+        except NoCalibrationError as error:
+            refused = str(error)
+            proposal = knob.damping
+    state.products += look.products
+    rejected = knob.controls and _guard(knob, look, asked)
+    if rejected:
+        proposal = max(proposal, knob.damping * settings.guard_factor)
+    proposal = knob.within(proposal)
+    if knob.controls and proposal != state.damping:
+        knob.set(proposal)
+    elif state.mode == "suggest":
+        _suggest(knob, proposal, ratio)
+    return DampingReport(
+        step=state.steps,
+        mode=state.mode,
+        damping=knob.damping,
+        suggested=proposal,
+        ratio=None if ratio is None else ratio.held_out,
+        own_ratio=None if ratio is None else ratio.own,
+        reduction=reduction,
+        rejected=rejected,
+        rejections=state.rejections,
+        products=state.products,
+        refused=refused,
+        local_law=state.local_law,
+        effective=state.effective,
+    )
+
+
+def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:
+    """The trust part looks at the step's own batch in its own way, and a third product would be one too many."""
+    return look.ratio(asked.held_out, asked.loss if knob.settings.method == "heldout" else None)
+
+
+def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
+    """The ratio, and the damping that follows."""
+    settings, damping, ratio = knob.settings, knob.damping, _ratio(knob, look, asked)
+    factor = change(ratio.value, settings.max_change, settings.deadband)
+    return ratio, smoothed(damping, damping * factor, settings.ema)
+
+
+def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
+    """The first calibration: takes the same step with other dampings until the ratio is one.
+
+    Without a way to take a step again, one measurement of it.
+
+    Raises:
+        NoCalibrationError: the step can't be judged, or doesn't depend on the damping.
+    """
+    state, settings = knob.state, knob.settings
+    start, search = state.damping, RootSearch(settings.deadband)
+    tried: list[Ratio] = []
+    last = start
+    state.started = True
+    while state.first_products > 0:
+        state.first_products -= 1
+        tried.append(_ratio(knob, look, asked))
+        ratio, last = tried[-1].value, state.damping
+        if asked.retake is None:
+            factor = change(ratio, WIDE, settings.deadband)
+            if factor == 1 and ratio > 0:
+                state.first_products = 0
+            return tried[-1], last * factor
+        following = search.following(last, ratio)
+        following = None if following is None else knob.within(following)
+        if following is None or following == last:
+            break
+        _retake(knob, look, asked.retake, following)
+    state.first_products = 0
+    assert asked.retake is not None
+    if all(-1 <= ratio.value <= 0 for ratio in tried):
+        _retake(knob, look, asked.retake, start)
+        raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
+    if len(tried) > 2 and all(same_direction(tried[0], other) for other in tried[1:]):
+        _retake(knob, look, asked.retake, start)
+        raise NoCalibrationError(
+            f"the step is the same with a damping of {start:.3g} and {last:.3g}: the optimizer doesn't use this "
+            "number, or only every so many steps"
+        )
+    return tried[-1], state.damping
+
+
+def _retake(knob: Knob, look: Look, retake: Callable[[], Any], damping: float) -> None:
+    look.taken.undo()
+    look.forget_losses()
+    knob.set(damping)
+    retake()
+
+
+def _trust(knob: Knob, look: Look, asked: Questions, proposal: float) -> tuple[float, float]:
+    """The reduction, and the damping where the trust part has a say: at least that part."""
+    state, settings = knob.state, knob.settings
+    if asked.loss is None:
+        raise NoCalibrationError("the trust part needs the loss of the step's own batch; pass it as loss")
+    reduction = look.reduction(asked.loss, asked.before)
+    factor = trust_change(reduction, settings.max_change)
+    if state.noise_free or asked.held_out is None:
+        return reduction, knob.damping * factor
+    trust = knob.damping * factor if factor > 1 else state.trust * factor
+    if knob.controls:
+        state.trust = max(trust, settings.bounds[0])
+    return reduction, max(proposal, trust)
+
+
+def _guard(knob: Knob, look: Look, asked: Questions) -> bool:
+    """Undoes the step if its own batch's loss has risen too far, or isn't a number; whether it did."""
+    settings = knob.settings
+    guarded = knob.due or settings.guard_steps == "every"
+    if settings.guard is None or asked.loss is None or not guarded:
+        return False
+    before, after = look.losses(asked.loss, asked.before)
+    # of a positive loss, guard times what it was; a negative one may rise by as much
+    if math.isfinite(before) and after <= before + (settings.guard - 1) * abs(before):
+        return False
+    look.taken.undo()
+    halve_momentum(knob.optimizer)
+    knob.state.rejections += 1
+    return True
+
+
+def _suggest(knob: Knob, proposal: float, ratio: Ratio | None) -> None:
+    if ratio is None or proposal == knob.damping or knob.state.suggested:
+        return
+    knob.state.suggested = True
+    warnings.warn(
+        f"step {knob.state.steps}: the curvature along the step is {ratio.value:.3g} times what the step assumes; a damping "
+        f"of {proposal:.3g} in place of {knob.damping:.3g} would be nearer. This is said once, every measurement is in the "
+        "report",
+        RuntimeWarning,
+        stacklevel=2,
+    )

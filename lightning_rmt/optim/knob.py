@@ -1,0 +1,141 @@
+"""The damping in its place: who may turn it, and who else did."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.optim import Optimizer
+
+from lightning_rmt.optim.settings import DampingSettings
+from lightning_rmt.optim.state import ControllerState
+from lightning_rmt.optim.taken_step import check_parameters
+from lightning_rmt.optim.targets import CalledTarget, Target, TargetArgument, find_target
+
+
+class Knob:
+    """A target with the controller's state.
+
+    Args:
+        settings: the controller's.
+
+    Attributes:
+        state: what is remembered and saved.
+        settings: the controller's.
+    """
+
+    def __init__(self, settings: DampingSettings) -> None:
+        self.settings = settings
+        self.state = self._fresh()
+        self._optimizer: Optimizer | None = None
+        self._target: Target | None = None
+        self._written: tuple[float, ...] | None = None
+        self._loaded = False
+
+    def _fresh(self) -> ControllerState:
+        settings = self.settings
+        state = ControllerState(settings.mode, trust=settings.bounds[0])
+        if isinstance(settings.init, (int, float)):
+            state.damping = float(settings.init)
+        if settings.method == "local-law":
+            state.first_products = 0
+        return state
+
+    def attach(self, optimizer: Optimizer, argument: TargetArgument) -> None:
+        """See `DampingController.attach`."""
+        target = find_target(optimizer, argument)
+        check_parameters(optimizer, target)
+        if self._optimizer is not None and not self._loaded:
+            self.state = self._fresh()
+        state = self.state
+        if self._loaded and state.ratios is not None and len(state.ratios) == len(target.ratios):
+            target.ratios = state.ratios
+        state.ratios = target.ratios
+        known = self._loaded or state.started or self.settings.init != "local-law"
+        if not known and not isinstance(target, CalledTarget):
+            state.damping = max(target.values())
+        self._optimizer, self._target, self._loaded = optimizer, target, False
+        if self.controls or isinstance(target, CalledTarget):
+            self.set(state.damping)
+
+    def load(self, state: ControllerState) -> None:
+        """See `DampingController.load_state_dict`."""
+        self.state = state
+        self._loaded = self._target is None
+        if self._target is None:
+            return
+        if state.ratios is not None and len(state.ratios) == len(self._target.ratios):
+            self._target.ratios = state.ratios
+        if self.controls:
+            self.set(state.damping)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The one that is attached.
+
+        Raises:
+            RuntimeError: none is.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("no optimizer yet: call controller.attach(optimizer) before the first step")
+        return self._optimizer
+
+    @property
+    def target(self) -> Target:
+        """Where its damping is."""
+        assert self._target is not None
+        return self._target
+
+    @property
+    def controls(self) -> bool:
+        """Whether the damping may be set."""
+        return self.state.mode == "control"
+
+    @property
+    def held_out_wanted(self) -> bool:
+        """Whether held-out curvature has a say."""
+        return self.settings.method != "local-law" and not self.state.noise_free
+
+    @property
+    def searching(self) -> bool:
+        """Whether the first calibration isn't over."""
+        return self.controls and self.held_out_wanted and self.state.first_products > 0
+
+    @property
+    def due(self) -> bool:
+        """Whether the current step is to be measured."""
+        return self.state.steps % self.settings.every == 0 or self.searching
+
+    @property
+    def damping(self) -> float:
+        """In use: the largest of the target's values."""
+        return self.state.damping if self.controls or self._target is None else max(self._target.values())
+
+    def within(self, damping: float) -> float:
+        """Clipped to the bounds."""
+        return self.settings.within(damping, self.state.largest)
+
+    def set(self, damping: float) -> None:
+        """Sets the damping, within the bounds, if there is an optimizer."""
+        self.state.damping = self.within(damping)
+        if self._target is not None:
+            self._target.write(self.state.damping)
+            self._written = self._target.values()
+
+    def look_for_others(self) -> None:
+        """Gives up control, with one warning, where somebody else has changed the damping since it was set."""
+        if not self.controls or self._written is None:
+            return
+        found = self.target.values()
+        if found == self._written:
+            return
+        self.state.mode = "log"
+        warnings.warn(
+            f"the damping was set to {_shown(self._written)} and is {_shown(found)} now: a scheduler or a callback changes "
+            "it too. The controller only logs from here on; let one of them set it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _shown(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)

@@ -1,0 +1,147 @@
+"""What is measured of one step, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_rmt.optim.errors import NoCalibrationError
+from lightning_rmt.optim.ranks import mean_over_ranks
+from lightning_rmt.optim.taken_step import Direction, LossFunction, TakenStep
+
+
+class Ratio(NamedTuple):
+    """How much too long a step is.
+
+    Attributes:
+        held_out: r with the curvature of an independent batch; infinite where the step isn't finite, or goes uphill without
+            momentum.
+        own: with that of the step's own batch, None where it wasn't asked for.
+        direction: along which.
+    """
+
+    held_out: float
+    own: float | None
+    direction: Direction
+
+    @property
+    def value(self) -> float:
+        """The larger in size."""
+        return self.held_out if self.own is None or abs(self.held_out) >= abs(self.own) else self.own
+
+
+class Look:
+    """One step, looked at.
+
+    Every rank must ask the same questions in the same order. What fails on one rank is refused on all.
+
+    Args:
+        taken: the step.
+        group: process group, None: this process alone.
+
+    Attributes:
+        taken: the step.
+        products: curvature products taken.
+    """
+
+    def __init__(self, taken: TakenStep, group: dist.ProcessGroup | None) -> None:
+        self.taken = taken
+        self.products = 0
+        self._group = group
+        self._losses: tuple[float, float] | None = None
+
+    def ratio(self, held_out: LossFunction | None, own: LossFunction | None = None) -> Ratio:
+        """``r = d'H d / (-g.d)`` for a learning rate of one, H of a loss before the step.
+
+        Args:
+            held_out: of an independent batch.
+            own: of the step's own batch, if that is to count too.
+
+        Raises:
+            NoCalibrationError: some rank can't say, or momentum takes the step uphill.
+        """
+        reason: NoCalibrationError | None = None
+        curvatures, direction = [math.nan, math.nan], None
+        try:
+            if held_out is None:
+                raise NoCalibrationError("no loss of an independent batch was given")
+            direction = self.taken.proposed()
+            for place, loss in enumerate((held_out, own)):
+                if loss is not None and math.isfinite(direction.length):
+                    self.products += 1
+                    curvatures[place] = self.taken.curvature(loss, direction.unit)
+        except NoCalibrationError as error:
+            reason = error
+        slope = math.nan if direction is None else direction.slope
+        *curvatures, slope, failed = self._mean([*curvatures, slope, float(reason is not None)])
+        if failed or direction is None:
+            raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
+        # damped curvature that isn't positive makes steps uphill
+        if not math.isfinite(direction.length) or (slope >= 0 and direction.pure):
+            return Ratio(math.inf, None if own is None else math.inf, direction)
+        if not slope < 0:
+            raise NoCalibrationError(
+                "the step doesn't go downhill on its own batch (momentum outweighs the gradient), so its length says nothing"
+            )
+        ratios = [direction.length * curvature / -slope for curvature in curvatures]
+        if math.isnan(ratios[0]) or (own is not None and math.isnan(ratios[1])):
+            raise NoCalibrationError("the curvature along the step isn't a number")
+        return Ratio(ratios[0], None if own is None else ratios[1], direction)
+
+    def losses(self, loss: LossFunction, before: Tensor | float | None) -> tuple[float, float]:
+        """The step's own batch's loss before and after it; taken once.
+
+        Args:
+            loss: of that batch.
+            before: its value before the step, where it is known.
+        """
+        if self._losses is None:
+            if before is None:
+                with self.taken.at_start():
+                    before = self.taken.value(loss)
+            elif isinstance(before, Tensor):
+                before = before.detach()
+            found = self._mean([float(before), self.taken.value(loss)])
+            self._losses = found[0], found[1]
+        return self._losses
+
+    def forget_losses(self) -> None:
+        """For a step that was taken again."""
+        self._losses = None
+
+    def reduction(self, loss: LossFunction, before: Tensor | float | None) -> float:
+        """Actual over predicted reduction of the batch's own loss, predicted by its own gradient and curvature.
+
+        Returns:
+            1 where the loss is quadratic; minus infinity where the step was predicted to raise it.
+
+        Raises:
+            NoCalibrationError: some rank can't say.
+        """
+        reason: NoCalibrationError | None = None
+        predicted = math.nan
+        try:
+            direction = self.taken.applied()
+            if math.isfinite(direction.length):
+                self.products += 1
+                curvature = self.taken.curvature(loss, direction.unit)
+                predicted = direction.length * (direction.slope + direction.length * curvature / 2)
+        except NoCalibrationError as error:
+            reason = error
+        predicted, failed = self._mean([predicted, float(reason is not None)])
+        if failed:
+            raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
+        start, end = self.losses(loss, before)
+        return (end - start) / predicted if predicted < 0 and math.isfinite(end) else -math.inf
+
+    def _mean(self, numbers: list[float]) -> list[float]:
+        return mean_over_ranks(numbers, self._group, self.taken.device)
+
+
+def same_direction(one: Ratio, other: Ratio) -> bool:
+    """Whether two steps are the same bit for bit."""
+    return one.direction.length == other.direction.length and torch.equal(one.direction.unit, other.direction.unit)

@@ -1,0 +1,86 @@
+"""Two ranks with half a batch each against one process with all of it."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+from newton_harness import DampedNewton
+from several_ranks import on_two_ranks
+from torch import nn
+
+from lightning_rmt import DampingController
+
+STEPS = 8
+N = 12
+
+
+def data(step, which):
+    random = torch.Generator().manual_seed(10 * step + which)
+    return torch.randn(16, N, dtype=torch.float64, generator=random)
+
+
+def run(rows, group=None, poison=None, kind="error"):
+    """Trains on these rows of every batch; the gradient and the optimizer's Hessian are of all rows, as in DDP."""
+    p = nn.Parameter(torch.full((N,), 0.5, dtype=torch.float64))
+    optimizer = DampedNewton([p], damping=1e-4)
+    control = DampingController(mode="control", every=2, guard_steps="every", guard=1.2).attach(optimizer, group=group)
+    seen = []
+    for step in range(STEPS):
+        own, other = data(step, 0), data(step, 1)
+
+        def loss(x):
+            return torch.nn.functional.softplus(x @ p).mean() + 0.05 * (x @ p).square().mean()
+
+        optimizer.loss = lambda own=own, loss=loss: loss(own)
+        optimizer.zero_grad()
+        optimizer.loss().backward()
+
+        def mine(own=own, loss=loss, step=step):
+            return loss(own[rows]) * (float("nan") if poison == step and kind == "nan" else 1.0)
+
+        def held_out(other=other, loss=loss, step=step):
+            if poison == step and kind == "error":
+                raise ValueError("the batch of this rank is broken")
+            return loss(other[rows])
+
+        report = control.step(mine, held_out)
+        seen.append((report.damping, report.ratio, report.rejected, report.refused is None, report.products))
+    return seen, p.detach()
+
+
+def on_rank(poisoned=None, kind="error"):
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank = dist.get_rank()
+    rows = slice(8 * rank, 8 * rank + 8)
+    return run(rows, dist.group.WORLD, poisoned if rank == 1 else None, kind)
+
+
+def test_ranks_decide_as_one(tmp_path):
+    (first, p), (second, q) = on_two_ranks(on_rank, tmp_path)
+    alone, r = run(slice(None))
+    assert first == second
+    assert torch.equal(p, q)
+    for ours, theirs in zip(first, alone, strict=True):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+        assert ours[1] == (None if theirs[1] is None else pytest.approx(theirs[1], rel=1e-5))
+        assert ours[2:] == theirs[2:]
+    torch.testing.assert_close(p, r, rtol=1e-5, atol=1e-8)
+
+
+def test_a_rank_that_fails_makes_all_refuse(tmp_path):
+    (first, p), (second, q) = on_two_ranks(on_rank, tmp_path, 4)
+    assert [step[:4] for step in first] == [step[:4] for step in second]
+    assert not first[4][3]
+    assert first[6][3]
+    assert torch.equal(p, q)
+
+
+def test_a_loss_that_is_nan_on_one_rank_undoes_the_step_on_all(tmp_path):
+    (first, p), (second, q) = on_two_ranks(on_rank, tmp_path, 5, "nan")
+    assert [step[2] for step in first] == [step[2] for step in second]
+    assert first[5][2]
+    assert torch.equal(p, q)
+    assert torch.isfinite(p).all()
