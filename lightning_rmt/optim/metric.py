@@ -146,6 +146,9 @@ class InMetric:
         self.size, self.device, self.dtype = operator.size, operator.device, operator.dtype
         self.noise = product_noise(operator)
         self.agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
+        self.reserve: Callable[[int], None] | None = getattr(operator, "reserve", None)
+        # whole on every rank; they also keep what goes wrong on one of them, until the run is over
+        self.shards = shards_of(operator)
         self._scale = scale
 
     def matmat(self, V: Tensor) -> Tensor:

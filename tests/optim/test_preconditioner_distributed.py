@@ -54,3 +54,33 @@ def test_two_ranks_have_the_same_weights_and_those_of_one_process(base, tmp_path
     assert (first[0] == second[0]).all()
     assert (first[1] == second[1]).all()
     assert abs(first[0] - alone(base)).max() < 1e-8
+
+
+def failing():
+    """A refresh in which rank 1's product fails: what each rank is told, and whether it goes on with the base."""
+    dist.init_process_group("gloo")
+    model = network()
+    optimizer = preconditioned(BASES["adamw"](model.parameters()))
+    loss_of(model)(batch(0)).backward()
+    optimizer.step()
+    operator = Hessian(loss_of(model), model.named_parameters(), [batch(0)])
+    if dist.get_rank() == 1:
+        operator.matmat = broken
+    try:
+        optimizer.refresh(RankSum(operator))
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    optimizer.step()
+    return found, optimizer.active
+
+
+def broken(V):
+    raise RuntimeError("no memory left")
+
+
+def test_a_rank_that_fails_in_a_refresh_says_so_and_no_other_waits_for_it(tmp_path):
+    first, second = on_two_ranks(failing, tmp_path)
+    assert "NaN or infinity" in first[0]
+    assert second[0] == "RuntimeError: no memory left"
+    assert not first[1]
+    assert not second[1]

@@ -341,22 +341,25 @@ def test_a_callable_damping_is_asked_with_the_number_of_steps():
     assert asked == [0, 1, 2]
 
 
-def test_ranks_agree_when_a_run_in_the_metric_ends():
+def test_in_the_metric_ranks_still_reserve_memory_and_agree():
     matrix = spiked(200)[0]
     parameters, backward = quadratic(matrix, (200,))
     optimizer = SpectralPreconditioner(torch.optim.Adam(parameters))
     backward()
     optimizer.step()
-    asked = []
+    asked, reserved = [], []
 
-    class Agreeing(Matrix):
+    class OverRanks(Matrix):
         def agree(self, fine):
             asked.append(fine)
             return fine
 
-    optimizer.refresh(Agreeing(matrix))
-    assert True in asked  # the basis has its memory
-    assert False in asked  # the run isn't at its end yet
+        def reserve(self, rows):
+            reserved.append(rows)
+
+    optimizer.refresh(OverRanks(matrix))
+    assert len(asked) > 1  # on the basis's memory, and on going on
+    assert reserved == [1]
 
 
 def test_a_refresh_keeps_no_graph_alive():
