@@ -16,6 +16,8 @@ from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
 from lightning_rmt.levels.verdict import FEWEST_LEVELS
+from lightning_rmt.local_law.cleaning import Cleaned, clean
+from lightning_rmt.local_law.damping import self_consistent_damping
 from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
@@ -96,6 +98,26 @@ class Reading:
     def laws(self) -> Ranking:
         """Limiting laws (the quick ones) fitted to the bulk of the spectrum, nearest first; see `rank_laws`."""
         return rank_laws(self.spectrum, QUICK)
+
+    @cached_property
+    def cleaned_outliers(self) -> Cleaned | None:
+        """The counted outliers above the bulk without what noise added to them; None where the noise isn't known."""
+        if self.curvature_noise is None:
+            return None
+        count = self.spectrum.outliers.high.count or 0
+        return clean([level.value for level in self.spectrum.top[:count]], self.curvature_noise.mean, self.spectrum)
+
+    def local_law_damping(self) -> float | None:
+        """The damping at which a noisy Newton step is right on average, see `self_consistent_damping`.
+
+        None where the noise isn't known.
+
+        Raises:
+            ValueError: it can't be had (`NoDampingError`), or a step has more samples than the spectrum's batches.
+        """
+        if self.noise is None or self.curvature_noise is None:
+            return None
+        return self_consistent_damping(self.noise.mean, self.spectrum, spectrum_noise=self.curvature_noise.mean)
 
     @cached_property
     def level_statistics(self) -> dict[str, LevelStatistics]:

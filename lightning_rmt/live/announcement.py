@@ -7,6 +7,7 @@ from torch import nn
 from lightning_rmt.curvature.double_precision import double_bytes
 from lightning_rmt.live.level_blocks import MOST_AUTO, TIME_SHARE, named_block
 from lightning_rmt.live.memory import Memory
+from lightning_rmt.live.noise import RANDOM, RESOLVED
 from lightning_rmt.live.settings import ProbeSettings
 from lightning_rmt.probe import Forecast
 
@@ -24,7 +25,7 @@ def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, mem
         ranks: processes that share it; memory is that of one.
     """
     each = cost.seconds / max(cost.products, 1)
-    products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps + 4 * settings.noise
+    products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps + _noise_products(settings)
     where = "" if ranks == 1 else f" on each of {ranks} ranks"
     held = cost.basis_bytes + memory.graphs
     said = (
@@ -48,6 +49,10 @@ def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, mem
         f"{said}; then level statistics from the exact Hessian of up to {rows} parameters ({limit}, "
         f"{(copy + 4 * 8 * rows**2) / _MEBI:.2g} MiB after the rest is freed)"
     )
+
+
+def _noise_products(settings: ProbeSettings) -> int:
+    return RANDOM + RESOLVED if settings.noise and settings.product != "finite_difference" else 0
 
 
 def _size(module: nn.Module, pattern: str, settings: ProbeSettings) -> int:

@@ -24,7 +24,7 @@ from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
-from lightning_rmt.live.noise import measure_noise, outlier_directions
+from lightning_rmt.live.noise import OutlierDirections, measure_noise
 from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
@@ -169,12 +169,11 @@ def measure_live(
         on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
 
         start = _mix(settings.seed, step, 0)
-
-        outliers: list[Tensor | None] = []
+        outliers = OutlierDirections()
 
         def keep_outliers(spectrum: Spectrum, basis: Tensor) -> None:
             if isinstance(operator, CurvatureOperator):
-                outliers.append(outlier_directions(spectrum, basis, operator))
+                outliers.keep(spectrum, basis, operator)
 
         def run() -> Measurement:
             return measure(
@@ -206,10 +205,11 @@ def measure_live(
         noise, no_noise = measure_noise(
             module,
             batches,
-            outliers.pop() if outliers else None,
+            outliers,
             settings,
             ranks,
             memory,
+            exact=shared.exact,
             mixed_precision=settings.autocast and "mixed" in str(trainer.precision),
             seed=start,
         )

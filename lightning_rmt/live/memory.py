@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from lightning_rmt.curvature.errors import GraphTooLargeError, is_out_of_memory
 from lightning_rmt.krylov.lanczos import BASES, Basis, SymmetricOperator, basis_bytes
@@ -35,13 +36,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had on a device now, in bytes; a very large number where nobody knows.
 
-    On a CPU what the system calls available, but no more than a container's limit leaves. On an accelerator what is free
-    on it and what PyTorch's caching allocator holds unused.
+    On a CPU this process's share of what the system calls available, but no more than a container's limit leaves. On an
+    accelerator what is free on it and what PyTorch's caching allocator holds unused.
     """
     if device.type == "cpu":
         import psutil
 
-        return min(int(psutil.virtual_memory().available), container_headroom(_CGROUP))
+        return min(int(psutil.virtual_memory().available), container_headroom(_CGROUP)) // processes_here()
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -49,12 +50,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def host_bytes(device: torch.device) -> int:
-    """The host's memory that a process can have besides its device's, its share among those on this host; 0 on a CPU."""
-    if device.type == "cpu":
-        return 0
-    return free_bytes(torch.device("cpu")) // max(
-        int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() or 1)), 1
-    )
+    """The host's memory that a process can have besides its device's; 0 on a CPU."""
+    return 0 if device.type == "cpu" else free_bytes(torch.device("cpu"))
+
+
+def processes_here() -> int:
+    """Processes of this training that share the host's memory: what the launcher says, else as if all were on one host."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def container_headroom(root: Path) -> int:

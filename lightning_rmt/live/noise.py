@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_rmt.curvature.batches import micro_batches, sample_count
+from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.krylov.ritz_vectors import ritz_vectors
 from lightning_rmt.live.batches import CapturedBatch
@@ -25,6 +26,35 @@ from lightning_rmt.spectra.spectrum import Spectrum
 MOST_DIRECTIONS, UNCOUNTED = 16, 10
 #: Random vectors, and outliers whose own noise is measured: with half batches, four products' worth in all.
 RANDOM, RESOLVED = 2, 2
+
+
+class OutlierDirections:
+    """The outliers' directions, taken from the basis of a spectrum while that is there.
+
+    The spectrum is worth more than they are: what goes wrong is kept, and said when they are asked for.
+    """
+
+    def __init__(self) -> None:
+        self._vectors: Tensor | None = None
+        self._reason: str | None = None
+
+    def keep(self, spectrum: Spectrum, basis: Tensor, operator: CurvatureOperator) -> None:
+        """Takes them; see `outlier_directions`."""
+        try:
+            self._vectors = outlier_directions(spectrum, basis, operator)
+        except Exception as error:
+            self._reason = "memory ran out" if is_out_of_memory(error) else str(error) or type(error).__name__
+
+    def take(self) -> Tensor | None:
+        """Hands them over.
+
+        Raises:
+            RefusedError: they couldn't be had.
+        """
+        vectors, self._vectors = self._vectors, None
+        if self._reason is not None:
+            raise RefusedError(self._reason)
+        return vectors
 
 
 def outlier_directions(spectrum: Spectrum, basis: Tensor, operator: CurvatureOperator) -> Tensor | None:
@@ -52,11 +82,12 @@ def outlier_directions(spectrum: Spectrum, basis: Tensor, operator: CurvatureOpe
 def measure_noise(
     module: Any,
     batches: Sequence[CapturedBatch],
-    outliers: Tensor | None,
+    outliers: OutlierDirections,
     settings: ProbeSettings,
     ranks: Ranks,
     memory: Memory,
     *,
+    exact: bool,
     mixed_precision: bool,
     seed: int,
 ) -> tuple[NoiseScale | None, tuple[str, ...]]:
@@ -67,15 +98,18 @@ def measure_noise(
     Args:
         module: the LightningModule.
         batches: this rank's curvature batches.
-        outliers: see `outlier_directions`.
+        outliers: what was kept of the spectrum's basis.
         settings: which matrix of which parameters.
         ranks: all that take part.
         memory: what graphs may take.
+        exact: whether the spectrum's products are, on every rank.
         mixed_precision: whether the fence computes in it.
         seed: of the random vectors.
     """
     if not settings.noise:
         return None, ()
+    if not exact:
+        return None, ("no noise scale: finite differences are too imprecise for the difference of two matrices",)
     with ExitStack() as stack:
 
         def build() -> list[CurvatureOperator]:
@@ -91,12 +125,11 @@ def measure_noise(
                     agree=ranks.agree,
                 )
                 stack.callback(operator.release)
-                if not operator.exact:
-                    raise RefusedError("finite differences are too imprecise for the difference of two matrices")
                 built.append(operator)
             return built
 
         try:
+            vectors = all_or_none(ranks, outliers.take)
             halves = all_or_none(ranks, build)
             first, second = (
                 all_or_none(ranks, lambda half=half: ranks.mean(half, settings.rank_weights))  # type: ignore[misc]
@@ -104,7 +137,7 @@ def measure_noise(
             )
 
             def run() -> NoiseScale:
-                return noise_scale(first, second, RANDOM, seed, outliers=outliers, resolved=RESOLVED)
+                return noise_scale(first, second, RANDOM, seed, outliers=vectors, resolved=RESOLVED)
 
             return all_or_none(ranks, run), ()
         except RefusedError as error:

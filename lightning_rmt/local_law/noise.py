@@ -105,6 +105,10 @@ def noise_scale(
     if kept >= first.size:
         raise ValueError(f"all {first.size} directions are outliers, which leaves none for the noise of the bulk")
 
+    for half in (first, second):
+        if (reserve := getattr(half, "reserve", None)) is not None:  # while all processes are fine
+            reserve(probes + chosen)
+
     # Between two collectives a process that fails alone goes on (`Shards.attempt`): the others wait for it.
     def inner(rows: Any, vectors: Any) -> Any:
         """Inner products over all processes, shape (vectors, rows), in one all-reduce."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lightning_rmt.local_law import clean, self_consistent_damping
 from lightning_rmt.reading import Reading
 from lightning_rmt.report.wording import law_tag, law_words, number
 
@@ -195,8 +194,8 @@ def _groups(reading: Reading) -> Iterator[_Item]:
 
 def _noise(reading: Reading) -> Iterator[_Item]:
     """The noise of one training batch's curvature, and what the local law makes of it."""
-    noise, measured = reading.noise, reading.curvature_noise
-    if noise is None or measured is None:  # not asked for, or a note says why
+    noise, cleaned = reading.noise, reading.cleaned_outliers
+    if noise is None or cleaned is None:  # not asked for, or a note says why
         return
     yield _Item("noise_scale", noise.mean, "")
     if noise.stderr is not None:
@@ -204,15 +203,12 @@ def _noise(reading: Reading) -> Iterator[_Item]:
     yield _Item("noise_edge", noise.edge, "")
     yield _Item("anisotropy", noise.anisotropy, "no eigenvalue is certified whose direction's noise could be compared")
     try:
-        damping, reason = self_consistent_damping(noise.mean, reading.spectrum, spectrum_noise=measured.mean), ""
-    except ValueError as error:  # NoDampingError, or steps of more samples than the spectrum's batches hold
+        damping, reason = reading.local_law_damping(), ""
+    except ValueError as error:
         damping, reason = None, str(error)
     yield _Item("damping/local_law", damping, reason)
-    top = [level.value for level in reading.spectrum.top[: min(reading.spectrum.outliers.high.count or 0, TOP)]]
-    cleaned = clean(top, measured.mean, reading.spectrum)
-    for i, curvature in enumerate(cleaned.curvature, start=1):
-        reason = "it can't be told from noise"
-        yield _Item(f"cleaned/{i}", None if math.isnan(curvature) else float(curvature), reason)
+    for i, curvature in enumerate(cleaned.curvature[:TOP], start=1):
+        yield _Item(f"cleaned/{i}", None if math.isnan(curvature) else curvature, "it can't be told from noise")
 
 
 def _bracket_ratio(low: float, high: float, zero_width: float) -> float:

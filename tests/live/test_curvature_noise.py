@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,10 @@ from live_models import Classifier, vectors
 from several_ranks import on_two_ranks
 from test_bitwise_distributed import ddp
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt.live import noise as live_noise
+from lightning_rmt.live.training import dataset_size
 from lightning_rmt.local_law import noise_edge, self_consistent_damping
 from lightning_rmt.reading import Reading
 from lightning_rmt.report.scalars import scalars
@@ -56,6 +60,12 @@ def test_against_dense_halves_of_the_batch(tmp_path, monkeypatch):
     along = (u[:, -2:] * moved).sum(0)
     across = ((moved**2).sum(0) - along**2) / 2
     assert reading.noise.anisotropy == pytest.approx(float(across.mean()) / (exact / 2), rel=0.2)
+
+
+def test_a_loader_of_whole_batches_does_not_say_how_many_samples_there_are():
+    data = TensorDataset(torch.zeros(7, 3))
+    for loader, size in ((DataLoader(data, 2), 7), (DataLoader(data, batch_size=None), math.inf), ([1], math.inf)):
+        assert dataset_size(SimpleNamespace(train_dataloader=loader)) == size
 
 
 def test_what_is_logged_and_saved(tmp_path):

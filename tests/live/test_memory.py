@@ -64,6 +64,16 @@ def test_the_hosts_memory_before_a_lesser_basis(host, expected):
     assert light == (Plan("host", M) if expected == "host" else Plan("full", M - 1))
 
 
+def test_processes_of_one_host_share_its_memory(monkeypatch):
+    monkeypatch.setattr(live_memory, "container_headroom", lambda root: 12000)
+    for said, share in (("4", 3000), ("", 12000), ("0", 12000), ("none", 12000)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert free_bytes(torch.device("cpu")) == share
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert free_bytes(torch.device("cpu")) == 12000
+    assert live_memory.host_bytes(torch.device("meta")) == 12000
+
+
 def test_a_cpu_has_no_other_host():
     assert live_memory.host_bytes(torch.device("cpu")) == 0
 

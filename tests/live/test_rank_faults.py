@@ -41,7 +41,9 @@ from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.restricted import Restricted
 from lightning_rmt.krylov import lanczos
 from lightning_rmt.live import batches, measurement, memory
+from lightning_rmt.live import noise as live_noise
 from lightning_rmt.live.ranks import Ranks
+from lightning_rmt.local_law import noise as law_noise
 
 # of Lightning: the metrics of one rank are what the test is about
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
@@ -263,6 +265,19 @@ FAULTS = {
         taken=(0, 2, 4),
         options=LEVELS,
         notes=True,
+    ),
+    "no memory for outliers' directions": Fault(
+        "memory ran out",
+        patch=(live_noise, "ritz_vectors", 1, out_of_memory),
+        taken=(0, 2, 4),
+        options={"lanczos_steps": 40},
+        notes=True,
+    ),
+    "no memory in a half's product": Fault(  # after one that looks whether there are any, three checked ones and five
+        "memory ran out", patch=(Hessian, "_matmat", 10, out_of_memory), taken=(0, 2, 4), notes=True
+    ),
+    "no memory between the halves' sums": Fault(
+        "memory ran out", patch=(law_noise, "_stacked", 2, out_of_memory), taken=(0, 2, 4), notes=True
     ),
     "at the very last step": Fault(
         NO_MEMORY, patch=(Hessian, "_matmat", 12, out_of_memory), taken=(0,), options={"every_n_steps": 5}

@@ -58,7 +58,7 @@ def test_the_cheap_bounds_contain_the_sharp_ones(eigenvalues):
     assert np.median((high - low) / (wide_high - wide_low)) < 0.8
 
 
-@pytest.mark.parametrize(
+truths = pytest.mark.parametrize(
     "eigenvalues",
     [
         semicircle(2000),
@@ -69,6 +69,9 @@ def test_the_cheap_bounds_contain_the_sharp_ones(eigenvalues):
     ],
     ids=["semicircle", "marchenko-pastur", "power law", "hessian-like", "repelling"],
 )
+
+
+@truths
 def test_the_band_covers_the_true_distribution(eigenvalues):
     # Pointwise at two standard errors of sampling: at least 95 %, and more where the resolution adds to it.
     x = np.quantile(eigenvalues, [0.01, 0.05, 0.2, 0.35, 0.65, 0.8, 0.95, 0.99])
@@ -80,17 +83,7 @@ def test_the_band_covers_the_true_distribution(eigenvalues):
     assert np.mean(missed) < 0.05
 
 
-@pytest.mark.parametrize(
-    "eigenvalues",
-    [
-        semicircle(2000),
-        marchenko_pastur(2000),
-        power_law(2000, 1.0),
-        hessian_like(2000, np.random.default_rng(0)),
-        repelling_power_law(2000, 0.5, np.random.default_rng(0)),
-    ],
-    ids=["semicircle", "marchenko-pastur", "power law", "hessian-like", "repelling"],
-)
+@truths
 def test_the_truth_is_never_five_errors_outside(eigenvalues):
     """T13: 100 runs in all, at every node and between them."""
     for seed in range(20):
