@@ -1,4 +1,5 @@
 # make demo: set everything up and watch a small network's spectrum; make test: set everything up and run the tests.
+# make papers: set everything up, reproduce the papers and write docs/papers.md, some ten minutes.
 # make bench: set everything up, compare with other libraries and time the fence, by hand (benchmarks/README.md).
 # Needs Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo papers test lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +23,9 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
+
+papers: $(VENV)/.installed-demo
+	$(THREADS) $(BIN)/python examples/papers/run_all.py
 
 test: $(VENV)/.installed
 	$(THREADS) $(BIN)/python -m pytest
