@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_rmt.local_law.kronecker import GAIN, KroneckerReading, MatrixReading
-from lightning_rmt.report.loggers import _each, _is_rank_zero, _is_tensorboard, _say, _tag
+from lightning_rmt.report.destinations import each, is_rank_zero, say, write
 from lightning_rmt.report.wording import number, with_error
 
 MOST_NAMES = 8
@@ -126,16 +126,16 @@ class KroneckerReport:
         Raises:
             Exception: what the first failing logger raised, after the others have had theirs.
         """
-        if not _is_rank_zero():
+        if not is_rank_zero():
             return
         verdict = kronecker_verdict(reading)
         notes = [note for note in kronecker_notes(reading) if self._is_new(note)]
         if self._is_new("; ".join(f"{layer} {matrix.word}" for layer, matrix in reading.layers.items())):
             lines = (verdict, *notes)
-            _say("\n".join(f"{reading.name}/kronecker, step {reading.step}: {line}" for line in lines))
+            say("\n".join(f"{reading.name}/kronecker, step {reading.step}: {line}" for line in lines))
         texts = {"verdict": verdict, **({"notes": "\n".join(f"- {note}" for note in notes)} if notes else {})}
         tagged = {f"{reading.name}/kronecker/{tag}": text for tag, text in texts.items()}
-        _each(loggers, lambda logger: _write(logger, kronecker_scalars(reading), tagged, reading.step))
+        each(loggers, lambda logger: write(logger, kronecker_scalars(reading), tagged, reading.step))
 
     def log_learning_rate(
         self, loggers: Iterable[Any], name: str, rate: float | None, sentence: str, step: int
@@ -145,22 +145,14 @@ class KroneckerReport:
         Raises:
             Exception: as `log`.
         """
-        if not _is_rank_zero():
+        if not is_rank_zero():
             return
         text = f"suggested learning rate {number(rate)}: {sentence}" if rate is not None else sentence
-        _say(f"{name}/suggested_lr, step {step}: {text}")
+        say(f"{name}/suggested_lr, step {step}: {text}")
         values = {} if rate is None else {f"{name}/suggested_lr": rate}
-        _each(loggers, lambda logger: _write(logger, values, {f"{name}/suggested_lr_note": text}, step))
+        each(loggers, lambda logger: write(logger, values, {f"{name}/suggested_lr_note": text}, step))
 
     def _is_new(self, sentence: str) -> bool:
         new = sentence not in self._said
         self._said.add(sentence)
         return new
-
-
-def _write(logger: Any, values: Mapping[str, float], texts: Mapping[str, str], step: int) -> None:
-    if values:
-        logger.log_metrics({_tag(tag, logger): value for tag, value in values.items()}, step=step)
-    if _is_tensorboard(logger):
-        for tag, text in texts.items():
-            logger.experiment.add_text(_tag(tag, logger), text, step)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
-
 from lightning_rmt.reading import Reading
 from lightning_rmt.report import tensorboard
+from lightning_rmt.report.destinations import each, experiment, is_rank_zero, is_tensorboard, say, tag_for
 from lightning_rmt.report.history import HistoryEntry
 from lightning_rmt.report.once import Once, OnChange
 from lightning_rmt.report.scalars import caveats, split, verdicts
@@ -58,7 +56,7 @@ class LoggerReport:
         Raises:
             Exception: what the first failing logger raised, after the others have had theirs.
         """
-        if not _is_rank_zero():
+        if not is_rank_zero():
             return
         due = False
         if not reading.light:  # which has no density to draw
@@ -69,10 +67,10 @@ class LoggerReport:
         loggers = list(loggers)
         values, reasons = split(reading)
         sentences = self._new_sentences(reading, reasons)
-        if sentences and not (loggers and all(map(_is_tensorboard, loggers))):
-            _say("\n".join(f"{reading.name}, step {reading.step}: {sentence}" for sentence in sentences))
+        if sentences and not (loggers and all(map(is_tensorboard, loggers))):
+            say("\n".join(f"{reading.name}, step {reading.step}: {sentence}" for sentence in sentences))
         try:
-            _each(loggers, lambda logger: self._log_data(logger, reading, values, sentences))
+            each(loggers, lambda logger: self._log_data(logger, reading, values, sentences))
         finally:
             self._layout_written = True
             if due:
@@ -84,7 +82,7 @@ class LoggerReport:
         `log` calls it when figures are due; call it once more at the end of the training to have the last reading's.
         """
         takers = [(logger, take) for logger in loggers if (take := _figure_taker(logger)) is not None]
-        if not takers or not _is_rank_zero() or self._drawn_step == reading.step:
+        if not takers or not is_rank_zero() or self._drawn_step == reading.step:
             return
         from lightning_rmt.report.cumulant_figure import free_cumulant_figure
         from lightning_rmt.report.figures import heat_map_figure, spectrum_figure
@@ -96,8 +94,8 @@ class LoggerReport:
             f"{reading.name}/spectrum_over_time": _Drawn(heat_map_figure(past)),
             f"{reading.name}/free_cumulants": _Drawn(free_cumulant_figure(past)),
         }
-        gifts = [(take, _tag(tag, logger), drawn) for tag, drawn in figures.items() for logger, take in takers]
-        _each(gifts, lambda gift: gift[0](gift[1], gift[2], reading.step))
+        gifts = [(take, tag_for(tag, logger), drawn) for tag, drawn in figures.items() for logger, take in takers]
+        each(gifts, lambda gift: gift[0](gift[1], gift[2], reading.step))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python values, fit for a checkpoint."""
@@ -112,19 +110,19 @@ class LoggerReport:
         self._seen = int(state["seen"])
 
     def _log_data(self, logger: Any, reading: Reading, values: Mapping[str, float], sentences: Sequence[str]) -> None:
-        board = _is_tensorboard(logger)
+        board = is_tensorboard(logger)
         if board and self.custom_scalars:
             values = {**values, **_margins(values, reading.name)}
-        logger.log_metrics({_tag(tag, logger): value for tag, value in values.items()}, step=reading.step)
+        logger.log_metrics({tag_for(tag, logger): value for tag, value in values.items()}, step=reading.step)
         if not board:
             return
         experiment, name = logger.experiment, reading.name
         if not reading.light:
-            density = _tag(f"{name}/density", logger)
+            density = tag_for(f"{name}/density", logger)
             tensorboard.add_density(experiment, density, reading.spectrum, self._grid, reading.step)
         if sentences:
             text = "\n".join(f"- {sentence}" for sentence in sentences)
-            experiment.add_text(_tag(f"{name}/notes", logger), text, reading.step)
+            experiment.add_text(tag_for(f"{name}/notes", logger), text, reading.step)
         if self.custom_scalars and not self._layout_written:
             experiment.add_custom_scalars(tensorboard.layout(name))
 
@@ -164,51 +162,16 @@ _Taker = Callable[[str, _Drawn, int], None]
 
 
 def _figure_taker(logger: Any) -> _Taker | None:
-    if _is_tensorboard(logger):
+    if is_tensorboard(logger):
         # add_image writes what add_figure does, without importing pyplot and with pixels that are drawn once for all.
         return lambda tag, drawn, step: logger.experiment.add_image(tag, drawn.pixels, step, dataformats="HWC")
     if callable(getattr(logger, "log_image", None)):
         return lambda tag, drawn, step: logger.log_image(tag, [drawn.pixels], step=step)
-    if callable(getattr(_experiment(logger), "log_figure", None)) and getattr(logger, "run_id", None) is not None:
+    if callable(getattr(experiment(logger), "log_figure", None)) and getattr(logger, "run_id", None) is not None:
         return lambda tag, drawn, step: logger.experiment.log_figure(
             logger.run_id, drawn.figure, f"{tag}/step_{step:08d}.png"
         )
     return None
-
-
-def _is_tensorboard(logger: Any) -> bool:
-    return callable(getattr(_experiment(logger), "add_histogram_raw", None))
-
-
-def _experiment(logger: Any) -> Any:
-    return getattr(logger, "experiment", None)
-
-
-def _say(text: str) -> None:
-    if hasattr(rank_zero_only, "rank"):
-        rank_zero_info(text)  # goes to the log that Lightning shows
-    else:
-        logging.getLogger(__name__).info(text)
-
-
-def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", None) in (None, 0)  # unset where no Lightning was imported: one process
-
-
-def _each(items: Iterable[Any], act: Callable[[Any], None]) -> None:
-    """Acts on every item, and raises the first error only then: one failing logger doesn't silence the others."""
-    first: Exception | None = None
-    for item in items:
-        try:
-            act(item)
-        except Exception as error:
-            first = first or error
-    if first is not None:
-        raise first
-
-
-def _tag(tag: str, logger: Any) -> str:
-    return tag.replace("/", getattr(logger, "group_separator", "/"))
 
 
 def _margins(values: Mapping[str, float], name: str) -> dict[str, float]:
