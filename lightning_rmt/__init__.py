@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rmt.callbacks.kronecker_diagnostics import KroneckerDiagnostics as KroneckerDiagnostics
+    from lightning_rmt.callbacks.local_law_damping import LocalLawDamping as LocalLawDamping
     from lightning_rmt.callbacks.spectrum_monitor import SpectrumMonitor as SpectrumMonitor
     from lightning_rmt.curvature.gauss_newton import GaussNewton as GaussNewton
     from lightning_rmt.curvature.gradient_covariance import GradientCovariance as GradientCovariance
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "SpectrumMonitor": "callbacks.spectrum_monitor",
+    "LocalLawDamping": "callbacks.local_law_damping",
     "KroneckerDiagnostics": "callbacks.kronecker_diagnostics",
     "SpectralPreconditioner": "optim.spectral_preconditioner",
     "Hessian": "curvature.hessian",

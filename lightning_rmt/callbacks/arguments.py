@@ -45,7 +45,7 @@ def refuse_bad_values(
     _refuse_bad_patterns(parameters)
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
-    _refuse_bad_name(name)
+    refuse_bad_name(name)
 
 
 def refuse_bad_factor_values(
@@ -78,7 +78,7 @@ def refuse_bad_factor_values(
     if not 0.0 < max_memory_mib < float("inf"):
         raise ValueError(f"max_memory_mib must be above 0 and finite, got {max_memory_mib}")
     _refuse_bad_patterns(parameters)
-    _refuse_bad_name(name)
+    refuse_bad_name(name)
 
 
 def _refuse_bad_patterns(parameters: list[str] | None) -> None:
@@ -86,7 +86,8 @@ def _refuse_bad_patterns(parameters: list[str] | None) -> None:
         raise ValueError(f"parameters must be a list of name patterns, or None for all, got {parameters!r}")
 
 
-def _refuse_bad_name(name: str) -> None:
+def refuse_bad_name(name: str) -> None:
+    """Refuses what can't be a tag prefix and a folder."""
     if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,6 +46,13 @@ def own_scale(trainer: Any, optimizer: Any) -> float:
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     return 1.0 / float(scaler.get_scale())
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Euclidean norm of the dense gradients of all that an optimizer trains."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = [torch.linalg.vector_norm(g).double() for g in gradients if g.layout is torch.strided]
+    return math.hypot(*(float(norm) for norm in norms))
 
 
 def all_finite(gradients: list[Tensor]) -> bool:

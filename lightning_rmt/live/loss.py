@@ -15,23 +15,23 @@ LossFn = Callable[[Any, Any], Any]
 Loss = Callable[[CapturedBatch], Any]
 
 
-def refuse_unusable_loss(module: Any, loss_fn: LossFn | None) -> None:
+def refuse_unusable_loss(module: Any, loss_fn: LossFn | None, who: str = "SpectrumMonitor") -> None:
     """Refuses, before training starts, a module whose loss can't be had by running ``training_step`` again.
 
     Raises:
         MisconfigurationException: manual optimization or ``training_step(dataloader_iter)``, and neither ``loss_fn`` nor
-            the module's ``curvature_loss`` says what the loss is.
+            the module's ``curvature_loss`` says what the loss is. The message is ``who``'s.
     """
     if loss_fn is not None or callable(getattr(module, "curvature_loss", None)):
         return
     way_out = (
-        "Pass SpectrumMonitor(loss_fn=...), a function of (module, batch) that returns the loss to look at, "
+        f"Pass {who}(loss_fn=...), a function of (module, batch) that returns the loss to look at, "
         "or define curvature_loss(self, batch) on the module."
     )
     if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{type(module).__name__} uses manual optimization: running its training_step again would step its "
-            f"optimizers, so the monitor can't take the loss from it. {way_out}"
+            f"optimizers, so {who} can't take the loss from it. {way_out}"
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise MisconfigurationException(

@@ -29,6 +29,7 @@ from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_ex
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
+from lightning_rmt.live.seeds import mixed_seed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import try_room_for_whole, unsharded
 from lightning_rmt.local_law.noise import NoiseScale
@@ -119,7 +120,7 @@ def measure_live(
             if not batches:
                 raise ValueError("every batch that was captured for this probe is empty on this rank (no samples)")
             hooks = hook_notes(module)
-            seed = _mix(settings.seed, step, ranks.rank)
+            seed = mixed_seed(settings.seed, step, ranks.rank)
             modes = {"autocast": settings.autocast, "first_order": settings.first_order or not whole}
             stack.enter_context(fence(trainer, module, seed=seed, **modes))
             if whole:
@@ -168,7 +169,7 @@ def measure_live(
         notes = (*notes, *_lesser(basis, steps, min(settings.lanczos_steps, operator.size)))
         on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
 
-        start = _mix(settings.seed, step, 0)
+        start = mixed_seed(settings.seed, step, 0)
         outliers = OutlierDirections()
 
         def keep_outliers(spectrum: Spectrum, basis: Tensor) -> None:
@@ -213,7 +214,7 @@ def measure_live(
             mixed_precision=settings.autocast and "mixed" in str(trainer.precision),
             seed=start,
         )
-        seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
+        seconds, seed = time.perf_counter() - begin, mixed_seed(settings.seed, step, ranks.rank)
         levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
         notes = (*notes, *reasons, *no_noise, *levels.notes)
         return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
@@ -251,8 +252,3 @@ def _missing_batches(captured: int, wanted: int) -> tuple[str, ...]:
         f"measured on {captured} of {wanted} curvature batches: the training was started or resumed while they were being "
         "collected, or some of them are empty",
     )
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    """One seed from three numbers, within what a torch generator takes."""
-    return ((seed * 1_000_003 + step) * 8191 + rank) % 2**63

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from lightning_rmt.optim.look import Look
 from lightning_rmt.optim.report import DampingReport
 from lightning_rmt.optim.settings import DampingSettings, GuardSteps, Method, Mode
 from lightning_rmt.optim.state import ControllerState
-from lightning_rmt.optim.taken_step import LossFunction, TakenStep
+from lightning_rmt.optim.taken_step import LossFunction, Surroundings, TakenStep
 from lightning_rmt.optim.targets import TargetArgument
 from lightning_rmt.spectra.spectrum import Spectrum
 
@@ -72,6 +73,7 @@ class DampingController:
 
     Attributes:
         settings: the arguments, but for ``target``.
+        target: that argument.
         report: what the last measured step said, None before one.
 
     Raises:
@@ -98,17 +100,23 @@ class DampingController:
             method, every, init, bounds, rel_bounds, max_change, ema, deadband, guard, guard_factor, guard_steps, mode
         )
         self.report: DampingReport | None = None
-        self._target = target
+        self.target = target
         self._knob = Knob(self.settings)
         self._group: dist.ProcessGroup | None = None
         self._buffers: list[Tensor] = []
+        self._surroundings: Surroundings = nullcontext
         self._taken: TakenStep | None = None
         self._busy = False
 
     # --- what is set up -------------------------------------------------------------------------------------------
 
     def attach(
-        self, optimizer: Optimizer, *, group: dist.ProcessGroup | None = None, buffers: Iterable[Tensor] = ()
+        self,
+        optimizer: Optimizer,
+        *,
+        group: dist.ProcessGroup | None = None,
+        buffers: Iterable[Tensor] = (),
+        surroundings: Surroundings = nullcontext,
     ) -> DampingController:
         """Finds the optimizer's damping; to be called once, before the first step.
 
@@ -116,6 +124,8 @@ class DampingController:
             optimizer: any; what it keeps outside ``param_groups`` and ``state`` can't be put back by the guard.
             group: decide together with these ranks, which must all call the controller at the same steps.
             buffers: tensors that the loss functions change, such as ``model.buffers()`` with batch normalisation.
+            surroundings: makes a context in which the loss functions are called and differentiated; the optimizer's steps
+                are outside of it.
 
         Returns:
             The controller itself.
@@ -124,9 +134,15 @@ class DampingController:
             TypeError: the target is no number, or ``target`` nothing that can be one.
             ValueError: the optimizer has no such damping, or nothing that it is for can be trained.
         """
-        self._knob.attach(optimizer, self._target)
+        self._knob.attach(optimizer, self.target)
         self._group, self._buffers, self._taken = group, list(buffers), None
+        self._surroundings = surroundings
         return self
+
+    def detach(self) -> None:
+        """Lets go of the optimizer; what the controller says stays. Attached again, it starts afresh unless it is loaded."""
+        self._knob.detach()
+        self._group, self._buffers, self._taken, self._surroundings = None, [], None, nullcontext
 
     def update(self, spectrum: Spectrum, noise: float, *, spectrum_noise: float | None = None) -> None:
         """Takes over a spectrum: the damping to start with, or with the method ``"local-law"`` to go on with.
@@ -207,11 +223,15 @@ class DampingController:
         knob, settings = self._knob, self.settings
         optimizer = knob.optimizer
         knob.look_for_others()
-        guarded = knob.controls and settings.guard is not None and (self.due or settings.guard_steps == "every")
+        guarded = self.guards
         measured = self.due and settings.method != "local-law"
         undo = guarded or (measured and knob.searching)
         wanted = guarded or measured
-        self._taken = TakenStep(optimizer, knob.target, undo=undo, buffers=self._buffers) if wanted else None
+        self._taken = None
+        if wanted:
+            self._taken = TakenStep(
+                optimizer, knob.target, undo=undo, buffers=self._buffers, surroundings=self._surroundings
+            )
 
     def after_step(
         self,
@@ -249,7 +269,37 @@ class DampingController:
     @property
     def due(self) -> bool:
         """Whether the step that comes, or was just taken, is measured: whether it needs a held-out batch."""
-        return self._knob.due
+        return self._knob.due()
+
+    @property
+    def due_next(self) -> bool:
+        """The same of the step after that."""
+        return self._knob.due(1)
+
+    @property
+    def guards(self) -> bool:
+        """Whether the step that comes may be undone: whether it needs its own batch's loss."""
+        knob, settings = self._knob, self.settings
+        return knob.controls and settings.guard is not None and (self.due or settings.guard_steps == "every")
+
+    @property
+    def looking(self) -> bool:
+        """Whether the step that was just taken waits for `after_step` to look at it."""
+        return self._taken is not None and not self._busy
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps that are taken now are the controller's own."""
+        return self._busy
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The one that it is attached to.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        return self._knob.optimizer
 
     @property
     def mode(self) -> Mode:

@@ -33,7 +33,7 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     ratio: Ratio | None = None
     reduction = refused = None
     proposal = knob.damping
-    if knob.due and settings.method != "local-law":
+    if knob.due() and settings.method != "local-law":
         try:
             if knob.held_out_wanted and (asked.held_out is not None or settings.method == "heldout"):
                 ratio, proposal = (_search if knob.searching else _follow)(knob, look, asked)
@@ -146,7 +146,7 @@ def _trust(knob: Knob, look: Look, asked: Questions, proposal: float) -> tuple[f
 def _guard(knob: Knob, look: Look, asked: Questions) -> bool:
     """Undoes the step if its own batch's loss has risen too far, or isn't a number; whether it did."""
     settings = knob.settings
-    guarded = knob.due or settings.guard_steps == "every"
+    guarded = knob.due() or settings.guard_steps == "every"
     if settings.guard is None or asked.loss is None or not guarded:
         return False
     before, after = look.losses(asked.loss, asked.before)

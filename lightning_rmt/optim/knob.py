@@ -30,6 +30,7 @@ class Knob:
         self._target: Target | None = None
         self._written: tuple[float, ...] | None = None
         self._loaded = False
+        self._left = False
 
     def _fresh(self) -> ControllerState:
         settings = self.settings
@@ -44,8 +45,9 @@ class Knob:
         """See `DampingController.attach`."""
         target = find_target(optimizer, argument)
         check_parameters(optimizer, target)
-        if self._optimizer is not None and not self._loaded:
+        if (self._optimizer is not None or self._left) and not self._loaded:
             self.state = self._fresh()
+        self._left = False
         state = self.state
         if self._loaded and state.ratios is not None and len(state.ratios) == len(target.ratios):
             target.ratios = state.ratios
@@ -56,6 +58,12 @@ class Knob:
         self._optimizer, self._target, self._loaded = optimizer, target, False
         if self.controls or isinstance(target, CalledTarget):
             self.set(state.damping)
+
+    def detach(self) -> None:
+        """See `DampingController.detach`."""
+        if self._target is not None:
+            self.state.damping = self.damping
+        self._optimizer, self._target, self._written, self._left = None, None, None, True
 
     def load(self, state: ControllerState) -> None:
         """See `DampingController.load_state_dict`."""
@@ -100,10 +108,9 @@ class Knob:
         """Whether the first calibration isn't over."""
         return self.controls and self.held_out_wanted and self.state.first_products > 0
 
-    @property
-    def due(self) -> bool:
-        """Whether the current step is to be measured."""
-        return self.state.steps % self.settings.every == 0 or self.searching
+    def due(self, ahead: int = 0) -> bool:
+        """Whether the current step, or one that many steps ahead, is to be measured."""
+        return (self.state.steps + ahead) % self.settings.every == 0 or self.searching
 
     @property
     def damping(self) -> float:

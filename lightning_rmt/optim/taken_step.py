@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -23,6 +23,8 @@ from lightning_rmt.optim.targets import Target
 SAME_STEP = 0.02
 #: Returns a mean loss as a scalar tensor with its graph; runs no backward pass.
 LossFunction: TypeAlias = Callable[[], Tensor]
+#: Makes a context.
+Surroundings: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 class Direction(NamedTuple):
@@ -49,14 +51,24 @@ class TakenStep:
         target: says which parameter groups the damping is for; the direction is theirs.
         undo: also remember the optimizer's state, so that `undo` is possible.
         buffers: tensors that the loss functions change, such as running statistics; they are put back after each call.
+        surroundings: makes a context in which the loss functions are called and differentiated.
     """
 
-    def __init__(self, optimizer: Optimizer, target: Target, *, undo: bool, buffers: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        target: Target,
+        *,
+        undo: bool,
+        buffers: Iterable[Tensor] = (),
+        surroundings: Surroundings = nullcontext,
+    ) -> None:
         self._optimizer = optimizer
         self._rates = _per_parameter(optimizer, target, "lr", 1.0)
         self._decay = _per_parameter(optimizer, target, "momentum", 0.0)
         self.before = Snapshot(optimizer, state=undo)
         self.buffers = list(buffers)
+        self._surroundings = surroundings
         self._gradients: list[Tensor | None] | None = None
 
     @property
@@ -166,7 +178,7 @@ class TakenStep:
         kept = [buffer.detach().clone() for buffer in self.buffers]
         devices = {p.device for p in optimizer_parameters(self._optimizer)}
         try:
-            with RandomState(devices).replay():
+            with RandomState(devices).replay(), self._surroundings():
                 yield
         finally:
             _fill(self.buffers, kept)
