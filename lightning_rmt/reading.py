@@ -57,6 +57,9 @@ class Reading:
         noise: of the curvature of one training batch (all that goes into an optimizer step) around that of all data; none in
             a light reading.
         curvature_noise: of the matrix whose spectrum this is.
+        preconditioner: what this probe fed a `SpectralPreconditioner`: ``rank`` (directions that are shrunk from here on),
+            ``edge`` (largest level left, in its metric), ``smallest_factor`` and ``cosine`` (mean squared, to the last
+            basis); empty where none was due.
     """
 
     step: int
@@ -79,6 +82,7 @@ class Reading:
     blocks: Mapping[str, Spectrum] = field(default_factory=dict)
     noise: NoiseScale | None = None
     curvature_noise: NoiseScale | None = None
+    preconditioner: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def light(self) -> bool:

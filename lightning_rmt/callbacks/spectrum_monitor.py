@@ -424,6 +424,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             product_error=probed.product_error,
             levels=probed.levels,
             blocks=probed.blocks,
+            preconditioner=probed.preconditioner,
             noise=None if probed.noise is None else probed.noise.at(step_samples, population),
             curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples, population),
         )

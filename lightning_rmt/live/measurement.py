@@ -27,6 +27,7 @@ from lightning_rmt.live.memory import Memory, Plan, least_plan
 from lightning_rmt.live.noise import OutlierDirections, measure_noise
 from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
+from lightning_rmt.live.preconditioning import due_preconditioner, feed, state_of
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.seeds import mixed_seed
@@ -54,6 +55,7 @@ class LiveMeasurement:
         blocks: spectra of groups of parameters; only a full probe has them.
         noise: of the matrix on half of the batches; only a full probe has it.
         batches: curvature batches on a rank, the fewest of any.
+        preconditioner: what the training's preconditioner was fed; empty where none was due.
     """
 
     measurement: Measurement
@@ -67,6 +69,7 @@ class LiveMeasurement:
     blocks: Mapping[str, Spectrum] = field(default_factory=dict)
     noise: NoiseScale | None = None
     batches: int = 1
+    preconditioner: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure_live(
@@ -199,25 +202,48 @@ def measure_live(
             found = replace(learned, product=product, at_once=operator.at_once if probes > 1 else learned.at_once)
         samples, product_error = int(shared.samples), shared.product_error
         result = LiveMeasurement(measurement, samples, names, warnings, notes, found, product_error, batches=fewest)
-        if light is not None or not isinstance(operator, CurvatureOperator):
+        if not isinstance(operator, CurvatureOperator):
             return result
-        blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
+        mixed = settings.autocast and "mixed" in str(trainer.precision)
+        if light is None:
+            blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
+            result, notes = replace(result, blocks=blocks), (*notes, *reasons)
+        preconditioner = due_preconditioner(trainer)
+        if preconditioner is not None:
+            fed = feed(
+                preconditioner,
+                trainer,
+                module,
+                batches,
+                operator,
+                settings,
+                ranks,
+                memory,
+                samples=samples,
+                exact=shared.exact,
+                mixed_precision=mixed,
+                seed=start,
+            )
+            notes = (*notes, *fed)
+            result = replace(result, preconditioner=state_of(preconditioner))
+        if light is not None:
+            return replace(result, notes=notes)
         operator.release()  # its graphs are in the way of what follows
         noise, no_noise = measure_noise(
             module,
             batches,
-            outliers,
+            outliers.take,
             settings,
             ranks,
             memory,
             exact=shared.exact,
-            mixed_precision=settings.autocast and "mixed" in str(trainer.precision),
+            mixed_precision=mixed,
             seed=start,
         )
         seconds, seed = time.perf_counter() - begin, mixed_seed(settings.seed, step, ranks.rank)
         levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
-        notes = (*notes, *reasons, *no_noise, *levels.notes)
-        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
+        notes = (*notes, *no_noise, *levels.notes)
+        return replace(result, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
 
 
 def _over_ranks(

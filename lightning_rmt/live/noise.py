@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_rmt.curvature.batches import micro_batches, sample_count
 from lightning_rmt.curvature.errors import is_out_of_memory
 from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.krylov.lanczos import SymmetricOperator
 from lightning_rmt.krylov.ritz_vectors import ritz_vectors
 from lightning_rmt.live.batches import CapturedBatch
 from lightning_rmt.live.memory import Memory
@@ -82,7 +83,7 @@ def outlier_directions(spectrum: Spectrum, basis: Tensor, operator: CurvatureOpe
 def measure_noise(
     module: Any,
     batches: Sequence[CapturedBatch],
-    outliers: OutlierDirections,
+    outliers: Callable[[], Tensor | None],
     settings: ProbeSettings,
     ranks: Ranks,
     memory: Memory,
@@ -90,6 +91,7 @@ def measure_noise(
     exact: bool,
     mixed_precision: bool,
     seed: int,
+    over_ranks: Callable[[CurvatureOperator], SymmetricOperator] | None = None,
 ) -> tuple[NoiseScale | None, tuple[str, ...]]:
     """The noise of matrices on half of the curvature batches, and why it can't be had.
 
@@ -98,14 +100,16 @@ def measure_noise(
     Args:
         module: the LightningModule.
         batches: this rank's curvature batches.
-        outliers: what was kept of the spectrum's basis.
+        outliers: gives the directions that have a noise of their own, or raises why they can't be had.
         settings: which matrix of which parameters.
         ranks: all that take part.
         memory: what graphs may take.
         exact: whether the spectrum's products are, on every rank.
         mixed_precision: whether the fence computes in it.
         seed: of the random vectors.
+        over_ranks: what the noise is of, given the operator on a rank's half; None: the mean over the ranks.
     """
+    mean = over_ranks or (lambda half: ranks.mean(half, settings.rank_weights))
     if not settings.noise:
         return None, ()
     if not exact:
@@ -129,12 +133,9 @@ def measure_noise(
             return built
 
         try:
-            vectors = all_or_none(ranks, outliers.take)
+            vectors = all_or_none(ranks, outliers)
             halves = all_or_none(ranks, build)
-            first, second = (
-                all_or_none(ranks, lambda half=half: ranks.mean(half, settings.rank_weights))  # type: ignore[misc]
-                for half in halves
-            )
+            first, second = (all_or_none(ranks, lambda half=half: mean(half)) for half in halves)  # type: ignore[misc]
 
             def run() -> NoiseScale:
                 return noise_scale(first, second, RANDOM, seed, outliers=vectors, resolved=RESOLVED)

@@ -145,6 +145,7 @@ class InMetric:
         self.operator = operator
         self.size, self.device, self.dtype = operator.size, operator.device, operator.dtype
         self.noise = product_noise(operator)
+        self.samples = getattr(operator, "samples", None)
         self.agree: Callable[[bool], bool] = getattr(operator, "agree", bool)
         self.reserve: Callable[[int], None] | None = getattr(operator, "reserve", None)
         # whole on every rank; they also keep what goes wrong on one of them, until the run is over

@@ -211,7 +211,7 @@ class SpectralPreconditioner(BaseOwner):
         self,
         operator: SymmetricOperator,
         *,
-        noise: float = 0.0,
+        noise: float | Callable[[EigenPairs], float] = 0.0,
         steps: int | None = None,
         parameters: Parameters | None = None,
     ) -> Deflation:
@@ -219,7 +219,8 @@ class SpectralPreconditioner(BaseOwner):
 
         Args:
             operator: of the curvature at the weights as they are now; the same on all ranks (`RankSum`).
-            noise: scale s of the noise in the operator in the base's metric; 0 takes the batch's curvature for the truth.
+            noise: scale s of the noise in the operator in the base's metric; 0 takes the batch's curvature for the truth. Or
+                a function that measures it, given the eigenpairs whose directions have a noise of their own.
             steps: products; None: ``2 max_rank + 10``.
             parameters: as for `in_metric`.
 
@@ -233,7 +234,12 @@ class SpectralPreconditioner(BaseOwner):
         pairs = top_eigenpairs(inside, self._most, steps=steps, seed=self._seed + self._progress.refreshes)
         assert pairs.run is not None
         spectrum = Spectrum((pairs.run,), inside.size, pairs.run.steps, product_noise(inside))
-        return self.update(spectrum, pairs, noise=noise, parameters=zip(block.names, block.tensors, strict=True))
+        scale = noise(pairs) if callable(noise) else noise
+        return self.update(spectrum, pairs, noise=scale, parameters=zip(block.names, block.tensors, strict=True))
+
+    def forget(self) -> None:
+        """Takes the base's steps until the next refresh, which is due at once."""
+        self._progress.forget()
 
     def update(
         self,

@@ -74,8 +74,8 @@ def verdicts(reading: Reading) -> dict[str, str]:
 
 
 def _items(reading: Reading) -> Iterator[_Item]:
-    full = (_ends, _sums, _outliers, _bulk, _levels, _laws, _groups, _noise, _run)
-    parts = (_certified_ends, _run) if reading.light else full
+    full = (_ends, _sums, _outliers, _bulk, _levels, _laws, _groups, _noise, _preconditioner, _run)
+    parts = (_certified_ends, _preconditioner, _run) if reading.light else full
     for part in parts:
         for tag, value, reason in part(reading):
             yield _Item(f"{reading.name}/{tag}", value, reason)
@@ -209,6 +209,11 @@ def _noise(reading: Reading) -> Iterator[_Item]:
     yield _Item("damping/local_law", damping, reason)
     for i, curvature in enumerate(cleaned.curvature[:TOP], start=1):
         yield _Item(f"cleaned/{i}", None if math.isnan(curvature) else curvature, "it can't be told from noise")
+
+
+def _preconditioner(reading: Reading) -> Iterator[_Item]:
+    for tag, value in reading.preconditioner.items():
+        yield _Item(f"preconditioner/{tag}", value, "")
 
 
 def _bracket_ratio(low: float, high: float, zero_width: float) -> float:
