@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -107,6 +108,7 @@ class DampingController:
         self._buffers: list[Tensor] = []
         self._surroundings: Surroundings = nullcontext
         self._taken: TakenStep | None = None
+        self._measured: tuple[Spectrum, float, float | None] | None = None
         self._busy = False
 
     # --- what is set up -------------------------------------------------------------------------------------------
@@ -143,6 +145,7 @@ class DampingController:
     def detach(self) -> None:
         """Lets go of the optimizer; what the controller says stays. Attached again, it starts afresh unless it is loaded."""
         self._knob.detach()
+        self._measured = None
         self._group, self._buffers, self._taken, self._surroundings = None, [], None, nullcontext
 
     def update(self, spectrum: Spectrum, noise: float, *, spectrum_noise: float | None = None) -> None:
@@ -173,10 +176,19 @@ class DampingController:
             elif settings.method == "local-law" or (settings.init == "local-law" and state.steps == 0):
                 knob.set(found)
                 state.started = True
+        self._measured = spectrum, noise, spectrum_noise
+        self._see_effective()
+
+    def _see_effective(self) -> None:
+        """What the last spectrum says of the damping in use."""
+        if self._measured is None:
+            return
+        spectrum, noise, spectrum_noise = self._measured
         try:
-            state.effective = effective_damping(knob.damping, noise, spectrum, spectrum_noise=spectrum_noise)
-        except NoDampingError:
-            state.effective = None
+            found = effective_damping(self.damping, noise, spectrum, spectrum_noise=spectrum_noise)
+        except NoDampingError:  # below what the noise alone takes
+            found = None
+        self._knob.state.effective = found
 
     # --- what happens around a step -------------------------------------------------------------------------------
 
@@ -259,7 +271,9 @@ class DampingController:
             self._busy = True
             try:
                 questions = Questions(loss, held_out, before, retake)
-                report = self.report = judge(self._knob, Look(taken, self._group), questions)
+                report = judge(self._knob, Look(taken, self._group), questions)
+                self._see_effective()
+                report = self.report = replace(report, effective=self._knob.state.effective)
             finally:
                 self._busy = False
         self._knob.state.steps += 1

@@ -14,7 +14,7 @@ from newton_harness import DampedNewton, NoisyQuadratic, goe_spectrum, positive_
 from torch import nn
 
 from lightning_rmt import DampingController
-from lightning_rmt.local_law.damping import self_consistent_damping
+from lightning_rmt.local_law.damping import effective_damping, self_consistent_damping
 
 
 def controller(**options):
@@ -53,10 +53,14 @@ def test_the_local_law_starts_it():
     control.update(positive_spectrum(), 0.5, spectrum_noise=0.0)
     expected = self_consistent_damping(0.5, positive_spectrum(), spectrum_noise=0.0)
     assert control() == control(7) == problem.optimizer.param_groups[0]["damping"] == expected
+    # d_eff = d / 2 at the self-consistent damping
+    assert control.state_dict()["effective"] == pytest.approx(expected / 2, rel=0.01)
     problem.run(control, 1)
     assert control.report.local_law == expected
-    # d_eff = d / 2 at the self-consistent damping
-    assert control.report.effective == pytest.approx(expected / 2, rel=0.01)
+    # of the damping in use, which the search has changed
+    left = effective_damping(control.damping, 0.5, positive_spectrum(), spectrum_noise=0.0)
+    assert control.damping > expected
+    assert control.report.effective == pytest.approx(left)
 
 
 def test_four_times_the_batch_is_half_the_noise():
