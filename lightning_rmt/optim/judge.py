@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_rmt.optim.adjustment import WIDE, RootSearch, change, smoothed, trust_change
+from lightning_rmt.optim.adjustment import FALL, WIDE, RootSearch, change, smoothed, trust_change
 from lightning_rmt.optim.errors import NoCalibrationError
 from lightning_rmt.optim.knob import Knob
 from lightning_rmt.optim.look import Look, Ratio, same_direction
@@ -76,7 +76,7 @@ def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:
 def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     """The ratio, and the damping that follows."""
     settings, damping, ratio = knob.settings, knob.damping, _ratio(knob, look, asked)
-    factor = change(ratio.value, settings.max_change, settings.deadband)
+    factor = change(ratio.value, settings.max_change, settings.deadband, FALL)
     return ratio, smoothed(damping, damping * factor, settings.ema)
 
 
@@ -93,6 +93,8 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     tried: list[Ratio] = []
     last = start
     state.started = True
+    if asked.retake is not None and settings.init == "local-law" and state.local_law is None:
+        _retake(knob, look, asked.retake, knob.within(math.inf))
     while state.first_products > 0:
         state.first_products -= 1
         tried.append(_ratio(knob, look, asked))
