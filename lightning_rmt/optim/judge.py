@@ -47,8 +47,8 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     if rejected:
         proposal = max(proposal, knob.damping * settings.guard_factor)
     proposal = knob.within(proposal)
-    if knob.controls and proposal != state.damping:
-        knob.set(proposal)
+    if knob.controls and (rejected or proposal != state.damping):
+        knob.set(proposal)  # what was undone had the damping from before the step
     elif state.mode == "suggest":
         _suggest(knob, proposal, ratio)
     return DampingReport(

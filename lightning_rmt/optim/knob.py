@@ -43,7 +43,8 @@ class Knob:
     def attach(self, optimizer: Optimizer, argument: TargetArgument) -> None:
         """See `DampingController.attach`."""
         target = find_target(optimizer, argument)
-        check_parameters(optimizer, target)
+        mode = self.state.mode if self._loaded else self.settings.mode
+        check_parameters(optimizer, target, whole=mode == "control")
         if self._optimizer is not None and not self._loaded:
             self.state = self._fresh()
         state = self.state
