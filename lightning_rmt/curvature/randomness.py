@@ -35,6 +35,10 @@ class RandomState:
         finally:
             self._write(outside)
 
+    def restore(self) -> None:
+        """Puts the recorded state back for good."""
+        self._write(self._state)
+
     def _read(self) -> tuple[Any, ...]:
         accelerators = [torch.get_device_module(d).get_rng_state(d) for d in self._devices]
         return torch.get_rng_state(), accelerators, np.random.get_state(), random.getstate()

@@ -11,9 +11,9 @@ import math
 #: The first calibration changes the damping by at most this factor at a time, and takes at most so many products.
 WIDE = 10.0
 FIRST_PRODUCTS = 24
-#: A damping falls by at most the fourth root of the factor by which it may rise: single batches' ratios scatter by tens, and
-#: one decade too small is fatal where one too large is merely slow. Falling as fast as rising, a small K-FAC ended at 3 to 15
-#: times the loss of the best fixed damping on a classifier, and so at 0.5 to 2.5 times.
+#: A damping falls by at most the fourth root of the factor by which it may rise: single batches' ratios scatter by tens,
+#: and one decade too small is fatal where one too large is merely slow. Falling as fast as rising, a small K-FAC ended at 3
+#: to 15 times the loss of the best fixed damping on a classifier, and so at 0.5 to 2.5 times.
 FALL = 0.25
 #: It ends where the ratio is this near to one.
 TOLERANCE = 0.01

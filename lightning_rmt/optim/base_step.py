@@ -62,7 +62,7 @@ class Snapshot:
         groups = group_of(base)
         for p, is_moved, part in zip(self._block.tensors, moved, self.before.split(self._block.sizes), strict=True):
             if is_moved:
-                part.mul_(1 - _decay(base, groups[id(p)], decoupled))
+                part.mul_(1 - decoupled_decay(base, groups[id(p)], decoupled))
         step = self._block.flatten(
             [p if is_moved else None for p, is_moved in zip(self._block.tensors, moved, strict=True)]
         )
@@ -106,8 +106,17 @@ def shrink_step(
             p.add_(part.view(p.shape).to(p))
 
 
-def _decay(base: Optimizer, group: dict[str, Any], decoupled: bool | None) -> float:
-    """Share that decoupled weight decay takes off a weight in one step."""
+def decoupled_decay(base: Optimizer, group: dict[str, Any], decoupled: bool | None = None) -> float:
+    """Share that decoupled weight decay takes off a weight in one step.
+
+    Args:
+        base: whose step.
+        group: one of its groups.
+        decoupled: whether there is such decay; None: as the base's class and group say, in torch's words or those of
+            pytorch-optimizer.
+    """
     if decoupled is None:
-        decoupled = isinstance(base, _DECOUPLED) or bool(group.get("decoupled_weight_decay", False))
-    return float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decoupled else 0.0
+        said = group.get("decoupled_weight_decay", group.get("weight_decouple", False))
+        decoupled = isinstance(base, _DECOUPLED) or bool(said)
+    rate = 1.0 if group.get("fixed_decay", False) else float(group["lr"])
+    return rate * float(group.get("weight_decay", 0.0)) if decoupled else 0.0

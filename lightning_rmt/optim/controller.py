@@ -17,6 +17,7 @@ from lightning_rmt.optim.adjustment import change, smoothed
 from lightning_rmt.optim.judge import Questions, judge
 from lightning_rmt.optim.knob import Knob
 from lightning_rmt.optim.look import Look
+from lightning_rmt.optim.outside_state import OutsideState
 from lightning_rmt.optim.report import DampingReport
 from lightning_rmt.optim.settings import DampingSettings, GuardSteps, Method, Mode
 from lightning_rmt.optim.state import ControllerState
@@ -107,6 +108,7 @@ class DampingController:
         self._group: dist.ProcessGroup | None = None
         self._buffers: list[Tensor] = []
         self._surroundings: Surroundings = nullcontext
+        self._outside: OutsideState | None = None
         self._taken: TakenStep | None = None
         self._measured: tuple[Spectrum, float, float | None] | None = None
         self._busy = False
@@ -120,25 +122,32 @@ class DampingController:
         group: dist.ProcessGroup | None = None,
         buffers: Iterable[Tensor] = (),
         surroundings: Surroundings = nullcontext,
+        state: Iterable[Any] = (),
     ) -> DampingController:
         """Finds the optimizer's damping; to be called once, before the first step.
 
         Args:
-            optimizer: any; what it keeps outside ``param_groups`` and ``state`` can't be put back by the guard.
+            optimizer: any. What its ``state_dict`` holds is put back when a step is undone; what it hides is warned of.
             group: decide together with these ranks, which must all call the controller at the same steps.
             buffers: tensors that the loss functions change, such as ``model.buffers()`` with batch normalisation.
             surroundings: makes a context in which the loss functions are called and differentiated; the optimizer's steps
                 are outside of it.
+            state: what else a step or a loss function changes, such as a preconditioner beside the optimizer: objects with
+                ``state_dict`` and ``load_state_dict``, or pairs of functions ``(get, set)``.
 
         Returns:
             The controller itself.
 
         Raises:
-            TypeError: the target is no number, or ``target`` nothing that can be one.
-            ValueError: the optimizer has no such damping, or nothing that it is for can be trained.
+            TypeError: the target is no number, or ``target`` nothing that can be one; or something in ``state`` is no state.
+            ValueError: the optimizer has no such damping, or nothing that it is for can be trained; or in control its
+                parameters are sharded (FSDP).
         """
+        outside = OutsideState(optimizer, state)
         self._knob.attach(optimizer, self.target)
-        self._group, self._buffers, self._taken = group, list(buffers), None
+        if self._knob.controls:
+            outside.warn_of_hidden()
+        self._group, self._buffers, self._outside, self._taken = group, list(buffers), outside, None
         self._surroundings = surroundings
         return self
 
@@ -146,7 +155,8 @@ class DampingController:
         """Lets go of the optimizer; what the controller says stays. Attached again, it starts afresh unless it is loaded."""
         self._knob.detach()
         self._measured = None
-        self._group, self._buffers, self._taken, self._surroundings = None, [], None, nullcontext
+        self._group, self._buffers, self._outside, self._taken = None, [], None, None
+        self._surroundings = nullcontext
 
     def update(self, spectrum: Spectrum, noise: float, *, spectrum_noise: float | None = None) -> None:
         """Takes over a spectrum: the damping to start with, or with the method ``"local-law"`` to go on with.
@@ -209,7 +219,9 @@ class DampingController:
             held_out: the same of a batch that is independent of this one; None: no held-out measurement.
             before: this batch's loss before the step, where it is at hand: saves a forward pass.
             take: takes the step; None: ``optimizer.step``. For a preconditioner that rewrites the gradients, for example
-                ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients.
+                ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients;
+                ``optimizer.step`` isn't where the gradients carry a graph (``create_graph=True``), which it can go through
+                once only.
 
         Returns:
             What was seen; None where this step wasn't looked at.
@@ -220,10 +232,12 @@ class DampingController:
         self.before_step()
         if self._taken is not None and self.due:
             self._taken.keep_gradients()
+        retake = take
         if take is None:
             take = self._knob.optimizer.step
+            retake = take if self._taken is None or self._taken.repeatable else None
         take()
-        return self.after_step(loss, held_out, before=before, retake=take)
+        return self.after_step(loss, held_out, before=before, retake=retake)
 
     def before_step(self) -> None:
         """The first half of `step`: remembers where the step starts.
@@ -242,8 +256,14 @@ class DampingController:
         wanted = guarded or measured
         self._taken = None
         if wanted:
+            assert self._outside is not None
             self._taken = TakenStep(
-                optimizer, knob.target, undo=undo, buffers=self._buffers, surroundings=self._surroundings
+                optimizer,
+                knob.target,
+                undo=undo,
+                outside=self._outside,
+                buffers=self._buffers,
+                surroundings=self._surroundings,
             )
 
     def after_step(
@@ -294,8 +314,7 @@ class DampingController:
     @property
     def guards(self) -> bool:
         """Whether the step that comes may be undone: whether it needs its own batch's loss."""
-        knob, settings = self._knob, self.settings
-        return knob.controls and settings.guard is not None and (self.due or settings.guard_steps == "every")
+        return self._knob.guards
 
     @property
     def looking(self) -> bool:

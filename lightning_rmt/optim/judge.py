@@ -43,12 +43,13 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
             refused = str(error)
             proposal = knob.damping
     state.products += look.products
-    rejected = knob.controls and _guard(knob, look, asked)
+    rejected = knob.guards and _guard(knob, look, asked)
     if rejected:
+        state.guarded_until = max(state.guarded_until, state.steps + 1 + settings.every)
         proposal = max(proposal, knob.damping * settings.guard_factor)
     proposal = knob.within(proposal)
-    if knob.controls and proposal != state.damping:
-        knob.set(proposal)
+    if knob.controls and (rejected or proposal != state.damping):
+        knob.set(proposal)  # what was undone had the damping from before the step
     elif state.mode == "suggest":
         _suggest(knob, proposal, ratio)
     return DampingReport(
@@ -148,8 +149,7 @@ def _trust(knob: Knob, look: Look, asked: Questions, proposal: float) -> tuple[f
 def _guard(knob: Knob, look: Look, asked: Questions) -> bool:
     """Undoes the step if its own batch's loss has risen too far, or isn't a number; whether it did."""
     settings = knob.settings
-    guarded = knob.due() or settings.guard_steps == "every"
-    if settings.guard is None or asked.loss is None or not guarded:
+    if settings.guard is None or asked.loss is None:
         return False
     before, after = look.losses(asked.loss, asked.before)
     # of a positive loss, guard times what it was; a negative one may rise by as much

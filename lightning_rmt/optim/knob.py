@@ -34,7 +34,7 @@ class Knob:
 
     def _fresh(self) -> ControllerState:
         settings = self.settings
-        state = ControllerState(settings.mode, trust=settings.bounds[0])
+        state = ControllerState(settings.mode, trust=settings.bounds[0], guarded_until=settings.every)
         if isinstance(settings.init, (int, float)):
             state.damping = float(settings.init)
         if settings.method == "local-law":
@@ -44,7 +44,8 @@ class Knob:
     def attach(self, optimizer: Optimizer, argument: TargetArgument) -> None:
         """See `DampingController.attach`."""
         target = find_target(optimizer, argument)
-        check_parameters(optimizer, target)
+        mode = self.state.mode if self._loaded else self.settings.mode
+        check_parameters(optimizer, target, whole=mode == "control")
         if (self._optimizer is not None or self._left) and not self._loaded:
             self.state = self._fresh()
         self._left = False
@@ -111,6 +112,13 @@ class Knob:
     def due(self, ahead: int = 0) -> bool:
         """Whether the current step, or one that many steps ahead, is to be measured."""
         return (self.state.steps + ahead) % self.settings.every == 0 or self.searching
+
+    @property
+    def guards(self) -> bool:
+        """Whether the current step may be undone."""
+        state, settings = self.state, self.settings
+        wanted = settings.guard_steps == "every" or state.steps < state.guarded_until or self.due()
+        return self.controls and settings.guard is not None and wanted
 
     @property
     def damping(self) -> float:

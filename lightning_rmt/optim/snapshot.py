@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_rmt.optim.kept import keep
 
 #: Where heavy-ball momentum is kept, as in torch's SGD.
 HEAVY_BALL = "momentum_buffer"
@@ -20,9 +23,9 @@ def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 class Snapshot:
-    """Weights, and perhaps ``optimizer.state``, as they are when this is made.
+    """Weights, and perhaps ``optimizer.state`` and what a step changes in ``param_groups``, as they are when this is made.
 
-    What an optimizer keeps elsewhere, in attributes of its own, isn't seen.
+    What an optimizer keeps elsewhere is `OutsideState`.
 
     Args:
         optimizer: whose.
@@ -36,16 +39,17 @@ class Snapshot:
     def __init__(self, optimizer: Optimizer, *, state: bool) -> None:
         self._optimizer = optimizer
         self.weights = [p.detach().clone() for p in optimizer_parameters(optimizer)]
-        self.momenta = [_copied(buffer) for buffer in momentum_buffers(optimizer)]
-        self._state = {key: _copied(entry) for key, entry in optimizer.state.items()} if state else None
+        buffers = momentum_buffers(optimizer)
+        self.momenta = [None if buffer is None else buffer.detach().clone() for buffer in buffers]
+        self._state = _keep_state(optimizer) if state else None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts weights and state back, into the same tensors."""
+        """Puts weights, state and groups back, into the same tensors; the damping among them."""
         for p, before in zip(optimizer_parameters(self._optimizer), self.weights, strict=True):
             p.copy_(before)
-        if self._state is not None:
-            _put_back(self._optimizer.state, self._state)
+        for restore in self._state or ():
+            restore()
 
 
 def momentum_buffers(optimizer: Optimizer) -> list[Tensor | None]:
@@ -66,35 +70,18 @@ def halve_momentum(optimizer: Optimizer) -> None:
                 entry[key].mul_(0.5)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_copied(item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
+def _keep_state(optimizer: Optimizer) -> list[Callable[[], Any]]:
+    """Functions that put back the state and the groups, where many optimizers count their steps."""
+    return [keep(optimizer.state), *(_keep_options(group) for group in optimizer.param_groups)]
 
 
-def _put_back(current: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    """Makes a dictionary what it was; tensors that are still there are filled, since others may hold on to them."""
-    for key in [key for key in current if key not in saved]:
-        del current[key]
-    for key, value in saved.items():
-        present = current.get(key)
-        if isinstance(value, Tensor) and isinstance(present, Tensor) and _alike(present, value):
-            present.copy_(value)
-        elif isinstance(value, dict) and isinstance(present, dict):
-            _put_back(present, value)
-        else:
-            current[key] = _copied(value)
+def _keep_options(group: dict[str, Any]) -> Callable[[], None]:
+    options = keep({name: value for name, value in group.items() if name != "params"})
 
+    def restore() -> None:
+        restored = options()
+        for name in [name for name in group if name not in restored and name != "params"]:
+            del group[name]
+        group.update(restored)
 
-def _alike(present: Tensor, saved: Tensor) -> bool:
-    return (
-        present.shape == saved.shape
-        and present.dtype == saved.dtype
-        and present.device == saved.device
-        and present.layout == saved.layout
-    )
+    return restore

@@ -30,6 +30,7 @@ class ControllerState:
         largest: its largest absolute eigenvalue.
         noise_free: whether it came with no noise to speak of.
         suggested: whether a suggestion was made already.
+        guarded_until: steps up to which every one is guarded.
     """
 
     mode: Mode
@@ -46,6 +47,7 @@ class ControllerState:
     largest: float | None = None
     noise_free: bool = False
     suggested: bool = False
+    guarded_until: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

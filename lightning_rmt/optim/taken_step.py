@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from lightning_rmt.curvature.errors import CurvatureError, is_out_of_memory
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.parameters import ParameterBlock
 from lightning_rmt.curvature.randomness import RandomState
+from lightning_rmt.optim.base_step import decoupled_decay
 from lightning_rmt.optim.errors import NoCalibrationError
-from lightning_rmt.optim.snapshot import Snapshot, momentum_buffers, optimizer_parameters
+from lightning_rmt.optim.momentum import without_momentum
+from lightning_rmt.optim.outside_state import OutsideState
+from lightning_rmt.optim.owner import BaseOwner
+from lightning_rmt.optim.snapshot import Snapshot, optimizer_parameters
 from lightning_rmt.optim.targets import Target
 
-#: Relative difference up to which a step and a momentum buffer are the same.
-SAME_STEP = 0.02
 #: Returns a mean loss as a scalar tensor with its graph; runs no backward pass.
 LossFunction: TypeAlias = Callable[[], Tensor]
 #: Makes a context.
@@ -50,6 +52,7 @@ class TakenStep:
         optimizer: that takes the step.
         target: says which parameter groups the damping is for; the direction is theirs.
         undo: also remember the optimizer's state, so that `undo` is possible.
+        outside: what the optimizer keeps elsewhere.
         buffers: tensors that the loss functions change, such as running statistics; they are put back after each call.
         surroundings: makes a context in which the loss functions are called and differentiated.
     """
@@ -60,13 +63,17 @@ class TakenStep:
         target: Target,
         *,
         undo: bool,
+        outside: OutsideState,
         buffers: Iterable[Tensor] = (),
         surroundings: Surroundings = nullcontext,
     ) -> None:
         self._optimizer = optimizer
-        self._rates = _per_parameter(optimizer, target, "lr", 1.0)
-        self._decay = _per_parameter(optimizer, target, "momentum", 0.0)
+        self._outside = outside
+        # a step may change its own learning rate, or count in its group
+        self._options = _per_parameter(optimizer, target)
         self.before = Snapshot(optimizer, state=undo)
+        self._restore_outside = outside.keep() if undo else None
+        self._random = RandomState(p.device for p in optimizer_parameters(optimizer)) if undo else None
         self.buffers = list(buffers)
         self._surroundings = surroundings
         self._gradients: list[Tensor | None] | None = None
@@ -82,6 +89,11 @@ class TakenStep:
             parameters = optimizer_parameters(self._optimizer)
             self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in parameters]
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the gradients are without a graph: a step through theirs (``create_graph=True``) can be taken once."""
+        return all(p.grad is None or p.grad.grad_fn is None for p in optimizer_parameters(self._optimizer))
+
     def applied(self) -> Direction:
         """From the weights before to the weights now.
 
@@ -94,41 +106,47 @@ class TakenStep:
         """What the damped curvature made of this gradient: the step for a learning rate of one, without earlier momentum.
 
         A step with momentum is mostly earlier ones, with other gradients on other batches; how long it is says little about
-        the damping. Heavy-ball momentum is taken out where the weights show that the step is minus the learning rate times
-        the buffer: what remains is ``buffer - momentum * earlier buffer``. Of any other the applied step is taken.
+        the damping. It is taken out where it can be, see `without_momentum`, and so is decoupled weight decay, which no
+        damping has a say in.
 
         Raises:
             NoCalibrationError: as `applied`, or a learning rate is 0.
         """
-        if any(rate == 0 for rate in self._rates.values()):
+        rates = {i: _rate(options) for i, options in self._options.items()}
+        if any(rate == 0 for rate in rates.values()):
             raise NoCalibrationError("a learning rate is 0: there is no step to judge")
-        after = momentum_buffers(self._optimizer)
-        moves, pure = self._moves(), True
-        for i, rate in self._rates.items():
-            move, now, earlier = moves[i] / rate, after[i], self.before.momenta[i]
-            if earlier is not None and now is not None:
-                if _near(-now, move):
-                    move = self._decay[i] * earlier - now
-                else:
-                    pure = False
-            moves[i] = move
+        self.keep_gradients()
+        assert self._gradients is not None
+        base = self._optimizer.base if isinstance(self._optimizer, BaseOwner) else self._optimizer
+        parameters, moves, pure = optimizer_parameters(self._optimizer), self._moves(), True
+        for i, options in self._options.items():
+            # a decay of parameters without gradients is none
+            decay = decoupled_decay(base, options) if self._gradients[i] is not None and "lr" in options else 0.0
+            move = (moves[i] + decay * self.before.weights[i]) / rates[i]
+            entry = self._optimizer.state.get(parameters[i], {})
+            earlier = self.before.momenta[i]
+            moves[i], alone = without_momentum(move, self._gradients[i], earlier, entry, options)
+            pure = pure and alone
         return self._direction(moves, pure)
 
     def _moves(self) -> dict[int, Tensor]:
         parameters = optimizer_parameters(self._optimizer)
-        return {i: parameters[i].detach() - self.before.weights[i] for i in self._rates}
+        return {i: parameters[i].detach() - self.before.weights[i] for i in self._options}
 
     def _direction(self, moves: dict[int, Tensor], pure: bool) -> Direction:
         self.keep_gradients()
         assert self._gradients is not None
-        gradients = [self._gradients[i] for i in self._rates]
+        gradients = [self._gradients[i] for i in self._options]
         if any(g is not None and g.layout != torch.strided for g in gradients):
             raise NoCalibrationError("a gradient is sparse: the damping is left as it is (sparse=False makes it dense)")
         if all(g is None for g in gradients):
             raise NoCalibrationError(
                 "no parameter that the damping is for has a gradient: call this after backward() and before zero_grad()"
             )
-        block = self._block()
+        try:
+            block = self._block()
+        except ValueError as error:
+            raise NoCalibrationError(str(error)) from error
         flat, gradient = block.flatten(list(moves.values())), block.flatten(gradients)
         if not bool(torch.isfinite(gradient).all()):
             raise NoCalibrationError("the gradient isn't finite")
@@ -174,18 +192,22 @@ class TakenStep:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, random numbers and the buffers may change; on leaving they are what they were."""
+        """Inside, random numbers, the buffers and the outside state may change; on leaving they are what they were."""
         kept = [buffer.detach().clone() for buffer in self.buffers]
         devices = {p.device for p in optimizer_parameters(self._optimizer)}
         try:
-            with RandomState(devices).replay(), self._surroundings():
+            with self._outside.unchanged(), RandomState(devices).replay(), self._surroundings():
                 yield
         finally:
             _fill(self.buffers, kept)
 
     def undo(self) -> None:
-        """Puts weights, optimizer state and, where they were kept, gradients back to before the step."""
+        """Puts back all that was before the step: weights, state, random numbers and, where they were kept, gradients."""
         self.before.restore()
+        if self._restore_outside is not None:
+            self._restore_outside()
+        if self._random is not None:
+            self._random.restore()
         if self._gradients is None:
             return
         for p, gradient in zip(optimizer_parameters(self._optimizer), self._gradients, strict=True):
@@ -196,32 +218,48 @@ class TakenStep:
 
     def _block(self) -> ParameterBlock:
         parameters = optimizer_parameters(self._optimizer)
-        return ParameterBlock([parameters[i] for i in self._rates])
+        return ParameterBlock([parameters[i] for i in self._options])
 
 
-def check_parameters(optimizer: Optimizer, target: Target) -> None:
+def check_parameters(optimizer: Optimizer, target: Target, *, whole: bool) -> None:
     """Whether there is something to train in the groups that the damping is for.
 
+    Args:
+        optimizer: whose.
+        target: which groups.
+        whole: whether sharded parameters are refused too.
+
     Raises:
-        ValueError: there isn't.
+        ValueError: there isn't, or a parameter is sharded.
     """
-    if not _per_parameter(optimizer, target, "lr", 1.0):
+    if not _per_parameter(optimizer, target):
         raise ValueError(
             "every parameter in the groups that this damping is for is frozen (requires_grad=False): unfreeze one, or "
             "attach the controller to another optimizer"
         )
+    # DTensors are FSDP2's, flat parameters FSDP1's
+    if whole and any(
+        hasattr(p, "_local_tensor") or getattr(p, "_is_flat_param", False) for p in optimizer_parameters(optimizer)
+    ):
+        raise ValueError(
+            "the optimizer's parameters are sharded (FSDP): the controller needs whole weights and gradients, as under DDP "
+            "or on one device. With mode='log' it only says that it can't measure"
+        )
 
 
-def _per_parameter(optimizer: Optimizer, target: Target, key: str, default: float) -> dict[int, float]:
-    """A number of its group for every trainable parameter that the damping is for, by position."""
-    numbers = {id(p): float(group.get(key, default)) for group in target.groups(optimizer) for p in group["params"]}
+def _per_parameter(optimizer: Optimizer, target: Target) -> dict[int, dict[str, Any]]:
+    """The options of its group for every trainable parameter that the damping is for, by position."""
+    found = {
+        id(p): {name: value for name, value in group.items() if name != "params"}
+        for group in target.groups(optimizer)
+        for p in group["params"]
+    }
     parameters = enumerate(optimizer_parameters(optimizer))
-    return {i: numbers[id(p)] for i, p in parameters if id(p) in numbers and p.requires_grad}
+    return {i: found[id(p)] for i, p in parameters if id(p) in found and p.requires_grad}
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether they agree as far as a step can be read off rounded weights."""
-    return bool((one - other).norm() <= SAME_STEP * other.norm())
+def _rate(options: dict[str, Any]) -> float:
+    return float(options.get("lr", 1.0))
 
 
 @torch.no_grad()

@@ -118,7 +118,9 @@ def test_an_absurd_start_is_left_at_once_and_the_training_works(namespace, modul
 
 def test_what_tensorboard_shows_with_a_monitor(tmp_path):
     monitor = SpectrumMonitor(every_n_steps=10, lanczos_steps=20, levels=None, on_error="raise")
-    watch = control(every=5, bounds=(3.0, 1e3))  # above the Hessian's most negative eigenvalue, so that something is left
+    watch = control(
+        every=5, bounds=(3.0, 1e3)
+    )  # above the Hessian's most negative eigenvalue, so that something is left
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     fit([monitor, watch], tmp_path, Module(start=0.1), logger=logger, log_every_n_steps=1)
     found = scalars(tmp_path / "run")

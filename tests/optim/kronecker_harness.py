@@ -1,7 +1,7 @@
 """A small K-FAC with ``param_groups["damping"]``, and three small tasks, to drive a controller with.
 
-An autoencoder and a classifier of digits, which the controller was made on; and a character model, which was chosen, with its
-widths, learning rate and number of steps, before any number of it was seen: not an image, and its loss has a floor far
+An autoencoder and a classifier of digits, which the controller was made on; and a character model, which was chosen, with
+its widths, learning rate and number of steps, before any number of it was seen: not an image, and its loss has a floor far
 above 0, where that of the classifier nears interpolation.
 """
 
