@@ -14,23 +14,22 @@ from lightning_rmt.report.style import ATOM, BULK, FAINT, INK, LIMIT, OUTLIER, d
 COLOURS = (BULK, OUTLIER, ATOM, LIMIT)
 
 
-def spacing_figure(spacings: Mapping[str, np.ndarray]) -> Figure:
-    """One panel each: histogram, Wigner and Poisson."""
+def spacing_figure(spacings: Mapping[str, tuple[np.ndarray, int]]) -> Figure:
+    """One panel each: histogram of the spacings, unfolded by so many other batches, with Wigner and Poisson."""
     columns = max(1, len(spacings) // 2)
     figure = new_figure(2.4 * columns + 0.4, 4.4)
     s = np.linspace(0, 4, 300)
-    for place, (name, found) in enumerate(spacings.items()):
+    for place, (name, (found, others)) in enumerate(spacings.items()):
         axes = figure.add_subplot(2, columns, 1 + place // 2 + columns * (place % 2))
-        bins = np.arange(0, 4.01, 0.2)
-        axes.hist(found, bins, weights=np.full(found.size, 1 / found.size / 0.2), color=BULK, alpha=0.35)
+        width = (
+            max(1, round(0.2 * others)) / others
+        )  # spacings come in multiples of 1 / p: as many of them to every bin
+        bins = np.arange(-0.5 / others, 4.2, width)
+        axes.hist(found, bins, weights=np.full(found.size, 1 / found.size / width), color=BULK, alpha=0.35)
         axes.plot(s, np.pi / 2 * s * np.exp(-np.pi / 4 * s**2), color=INK, lw=1.4, label="Wigner (GOE)")
         axes.plot(s, np.exp(-s), color=OUTLIER, lw=1.2, ls="--", label="Poisson")
-        axes.set_title(
-            name.replace(", ", ",\n", 1)
-            if name.count(",") == 1
-            else name.replace(", u", ",\nu").replace(", t", ",\nt"),
-            fontsize=9,
-        )
+        model, state = name.rsplit(", ", 1)
+        axes.set_title(f"{model},\n{state}", fontsize=9)
         axes.set(xlim=(0, 4), ylim=(0, 1.05))
         if place % 2:
             axes.set_xlabel("unfolded spacing s", fontsize=9)
@@ -75,9 +74,10 @@ def ratio_figure(sets: Mapping[str, tuple[np.ndarray, LevelStatistics]], zero: f
             axes.axvline(
                 value, color=INK if words == "GOE" else FAINT, lw=1, ls="-" if words == "GOE" else "--", zorder=0
             )
-            axes.text(value, 0.62, words, fontsize=7.5, ha="center", color=INK)
+            side = "right" if words == "Poisson" else "left" if words == "2 blocks" else "center"
+            axes.text(value, 0.62, f" {words} ", fontsize=7.5, ha=side, color=INK)
     axes.set_yticks([-row for row in range(len(names))], names, fontsize=8)
-    axes.set(xlim=(0.37, 0.56), ylim=(0.5 - len(names), 1.0), xlabel="mean ratio (4)")
+    axes.set(xlim=(0.35, 0.56), ylim=(0.5 - len(names), 1.0), xlabel="mean ratio (4)")
     dress(axes)
     figure.tight_layout()
     return figure

@@ -1,8 +1,8 @@
 """What a paper claims beside what was measured: a table, figures, and an exit status that says whether all of it holds.
 
-A claim is one of three: *asserted* (out of its tolerance, the script fails), *negative* (known not to reproduce, and asserted
-not to: should it ever hold, the text has to change), or *shown* (a number without a tolerance). `Claims.finish` prints the
-table, writes ``<out>/<slug>.md`` with its figures beside it, and returns the exit status.
+A claim is one of three: *asserted* (out of its tolerance, the script fails), *negative* (known not to reproduce, and
+asserted not to: should it ever hold, the text has to change), or *shown* (a number without a tolerance). `Claims.finish`
+prints the table, writes ``<out>/<slug>.md`` with its figures beside it, and returns the exit status.
 """
 
 from __future__ import annotations
