@@ -32,17 +32,18 @@ from lightning_rmt.levels.spacings import GOE_RATIO, spacing_ratios
 
 TITLE, REFERENCE = "Appearance of random matrix theory", "Baskerville, Granziol and Keating 2021, arXiv:2102.06740"
 ABOUT = """Level statistics of exact batch Hessians: softmax regression (650 parameters) and an MLP 64-10-10 (760) on
-scikit-learn's digits, an MLP 10-24-16-1 (681) for regression on its diabetes data, untrained and after 100 epochs of SGD.
-`SpectrumMonitor(levels=["net"])` on a real Trainer takes the Hessian of every batch of an epoch, entry by entry in float64.
-The code that the authors published computes spectra at fresh weights whatever checkpoint it is given, so both are shown."""
-SAY = """The trained networks' levels repel as the GOE's do, and so do the untrained MLPs'. An untrained softmax regression's
-don't: its Hessian is nearly a Kronecker product, so that its levels come in near-degenerate groups.
+scikit-learn's digits, an MLP 10-24-16-1 (681) for regression on its diabetes data, untrained and after 100 epochs of
+SGD. `SpectrumMonitor(levels=["net"])` on a real Trainer takes the Hessian of every batch of an epoch, entry by entry
+in float64. The code that the authors published computes spectra at fresh weights whatever checkpoint it is given, so
+both are shown."""
+SAY = """The trained networks' levels repel as the GOE's do, and so do the untrained MLPs'. An untrained softmax
+regression's don't: its Hessian is nearly a Kronecker product, so that its levels come in near-degenerate groups.
 
-Brody's exponent is .957 for GOE levels of a moderate density. Here the density spans nine decades, more than the four for
-which the package's unfolding and its p-values were calibrated. So each network is compared with GOE levels spread like its
-own (the mean over batches of the level of each rank): the unfolding alone takes those of the MLPs to exponents of .6 to .8 and
-p below .05. Where a verdict says "the spacings aren't the GOE's" of such a block it may mean the unfolding; the mean ratio
-needs none."""
+Brody's exponent is .957 for GOE levels of a moderate density. Here the density spans nine decades, more than the four
+for which the package's unfolding and its p-values were calibrated. So each network is compared with GOE levels spread
+like its own (the mean over batches of the level of each rank): the unfolding alone takes those of the MLPs to
+exponents of .6 to .8 and p below .05. Where a verdict says "the spacings aren't the GOE's" of such a block it may
+mean the unfolding; the mean ratio needs none."""
 
 
 class Model(NamedTuple):
@@ -83,9 +84,10 @@ def batch_spectra(model: Model, epochs: int, rate: float) -> np.ndarray:
 def networks(claims: Claims, every: list[Model]) -> dict[str, np.ndarray]:
     """Spectra untrained (a learning rate of 0) and trained; the networks are trained afterwards."""
     spectra: dict[str, np.ndarray] = {}
+    epochs = 300 if claims.full else 50 if claims.quick else 100
     for model in every:
         spectra[f"{model.name}, untrained"] = batch_spectra(model, epochs=1, rate=0.0)
-        spectra[f"{model.name}, trained"] = batch_spectra(model, epochs=300 if claims.full else 100, rate=0.01)
+        spectra[f"{model.name}, trained"] = batch_spectra(model, epochs=epochs, rate=0.01)
     rng = np.random.default_rng(2)
     for name, levels in spectra.items():
         found, distances = level_statistics(levels), unfolded(levels)
