@@ -56,7 +56,7 @@ class Model(NamedTuple):
 
 def models(claims: Claims) -> list[Model]:
     pl.seed_everything(0, verbose=False)
-    mlp = partial(_mlp, (64, 32, 32, 10) if claims.full else (64, 10, 10))
+    mlp = partial(_mlp, (64, 24, 24, 10) if claims.full else (64, 10, 10))
     regression = partial(_mlp, (10, 48, 32, 1) if claims.full else (10, 24, 16, 1))
     every = [
         Model("softmax regression", nn.Linear(64, 10), cross_entropy, digits(), 64),
