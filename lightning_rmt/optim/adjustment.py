@@ -65,10 +65,12 @@ class RootSearch:
 
     Args:
         deadband: ratios to be content with where no smaller damping was seen to be too small.
+        from_above: it begins with so large a damping that a small ratio of either sign is believed.
     """
 
-    def __init__(self, deadband: tuple[float, float]) -> None:
+    def __init__(self, deadband: tuple[float, float], *, from_above: bool = False) -> None:
         self._deadband = deadband
+        self._from_above = from_above
         self._small: tuple[float, float] | None = None  # log damping, log |ratio| > 0
         self._large: tuple[float, float] | None = None  # log damping, log |ratio| < 0
         self._doubted: tuple[float, float] | None = None
@@ -88,11 +90,11 @@ class RootSearch:
             if size >= low:
                 self._small, self._doubted = here if size > 1 else self._small, None
                 return damping * WIDE
-            if ratio <= 0 and self._doubted is None:
+            if ratio <= 0 and self._doubted is None and not self._from_above:
                 self._doubted = here
                 return damping * WIDE
-            self._large = self._doubted if ratio <= 0 else here
-            if ratio <= 0 and self._small is None:
+            self._large = self._doubted if ratio <= 0 and self._doubted is not None else here
+            if ratio <= 0 and self._small is None and not self._from_above:
                 return None
         elif size > 1:
             self._small = here

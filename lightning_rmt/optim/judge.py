@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_rmt.optim.adjustment import FALL, WIDE, RootSearch, change, smoothed, trust_change
-from lightning_rmt.optim.errors import NoCalibrationError
+from lightning_rmt.optim.errors import NoCalibrationError, NoMoveError
 from lightning_rmt.optim.knob import Knob
 from lightning_rmt.optim.look import Look, Ratio, same_direction
 from lightning_rmt.optim.report import DampingReport
@@ -77,51 +77,74 @@ def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:
 def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     """The ratio, and the damping that follows."""
     settings, damping, ratio = knob.settings, knob.damping, _ratio(knob, look, asked)
-    factor = change(ratio.value, settings.max_change, settings.deadband, FALL)
+    factor = change(ratio.value, settings.max_change, settings.deadband, FALL if knob.controls else 1.0)
     return ratio, smoothed(damping, damping * factor, settings.ema)
 
 
 def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     """The first calibration: takes the same step with other dampings until the ratio is one.
 
-    Without a way to take a step again, one measurement of it.
+    Unless somebody has said where to begin, at the largest damping, so that what it was before has no say. Without a way to
+    take a step again, one measurement of it.
 
     Raises:
-        NoCalibrationError: the step can't be judged, or doesn't depend on the damping.
+        NoCalibrationError: the step can't be judged, or doesn't depend on the damping; it was taken with the old damping.
     """
+    knob.state.started = True
+    if asked.retake is None:
+        knob.state.first_products -= 1
+        ratio, last = _ratio(knob, look, asked), knob.state.damping
+        factor = change(ratio.value, WIDE, knob.settings.deadband)
+        if factor == 1 and ratio.value > 0:
+            knob.state.first_products = 0
+        return ratio, last * factor
+    start = knob.state.damping
+    try:
+        return _search_by_retaking(knob, look, asked, asked.retake)
+    except NoCalibrationError:
+        if knob.state.damping != start:
+            _retake(knob, look, asked.retake, start)
+        raise
+    finally:
+        knob.state.first_products = 0
+
+
+def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callable[[], Any]) -> tuple[Ratio, float]:
     state, settings = knob.state, knob.settings
-    start, search = state.damping, RootSearch(settings.deadband)
-    tried: list[Ratio] = []
-    last = start
-    state.started = True
-    if asked.retake is not None and settings.init == "local-law" and state.local_law is None:
-        _retake(knob, look, asked.retake, knob.within(math.inf))
+    from_above = settings.init == "local-law" and state.local_law is None
+    search = RootSearch(settings.deadband, from_above=from_above)
+    tried: list[tuple[float, Ratio]] = []
+    if from_above:
+        _retake(knob, look, retake, knob.within(math.inf))
     while state.first_products > 0:
         state.first_products -= 1
-        tried.append(_ratio(knob, look, asked))
-        ratio, last = tried[-1].value, state.damping
-        if asked.retake is None:
-            factor = change(ratio, WIDE, settings.deadband)
-            if factor == 1 and ratio > 0:
-                state.first_products = 0
-            return tried[-1], last * factor
-        following = search.following(last, ratio)
+        following: float | None
+        try:
+            tried.append((state.damping, _ratio(knob, look, asked)))
+            following = search.following(state.damping, tried[-1][1].value)
+        except NoMoveError:  # too large a damping for the weights' precision
+            if tried or knob.within(state.damping / WIDE) == state.damping:
+                raise
+            following = state.damping / WIDE
         following = None if following is None else knob.within(following)
-        if following is None or following == last:
+        if following is None or following == state.damping:
             break
-        _retake(knob, look, asked.retake, following)
-    state.first_products = 0
-    assert asked.retake is not None
-    if all(-1 <= ratio.value <= 0 for ratio in tried):
-        _retake(knob, look, asked.retake, start)
+        _retake(knob, look, retake, following)
+    if from_above and len(tried) == 1 and tried[0][1].value > 1:  # too small at its largest, or without any say
+        top = state.damping
+        for damping in (top / WIDE, top / WIDE**2):
+            _retake(knob, look, retake, knob.within(damping))
+            tried.insert(0, (state.damping, _ratio(knob, look, asked)))
+        _retake(knob, look, retake, top)
+    if all(-1 <= ratio.value <= 0 for _, ratio in tried):
         raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
-    if len(tried) > 2 and all(same_direction(tried[0], other) for other in tried[1:]):
-        _retake(knob, look, asked.retake, start)
+    (first, one), *others = tried
+    if len(others) > 1 and all(same_direction(one, other) for _, other in others):
         raise NoCalibrationError(
-            f"the step is the same with a damping of {start:.3g} and {last:.3g}: the optimizer doesn't use this "
+            f"the step is the same with a damping of {first:.3g} and {others[-1][0]:.3g}: the optimizer doesn't use this "
             "number, or only every so many steps"
         )
-    return tried[-1], state.damping
+    return tried[-1][1], state.damping
 
 
 def _retake(knob: Knob, look: Look, retake: Callable[[], Any], damping: float) -> None:

@@ -16,7 +16,7 @@ from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.parameters import ParameterBlock
 from lightning_rmt.curvature.randomness import RandomState
 from lightning_rmt.optim.base_step import decoupled_decay
-from lightning_rmt.optim.errors import NoCalibrationError
+from lightning_rmt.optim.errors import NoCalibrationError, NoMoveError
 from lightning_rmt.optim.momentum import without_momentum
 from lightning_rmt.optim.outside_state import OutsideState
 from lightning_rmt.optim.owner import BaseOwner
@@ -152,7 +152,7 @@ class TakenStep:
             raise NoCalibrationError("the gradient isn't finite")
         length = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
         if length == 0:
-            raise NoCalibrationError("the step changed no weight")
+            raise NoMoveError("the step changed no weight")
         if not math.isfinite(length):
             return Direction(flat, length, math.nan, pure)
         unit = flat / length

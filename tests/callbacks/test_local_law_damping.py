@@ -107,10 +107,10 @@ def scalars(directory):
 @pytest.mark.parametrize(("namespace", "module"), [(pl, Module), (lightning_pl, OtherModule)])
 def test_an_absurd_start_is_left_at_once_and_the_training_works(namespace, module, tmp_path):
     _, fixed = fit([], tmp_path, module(), namespace)
-    watch = control(guard_steps="every")
-    _, controlled = fit([watch], tmp_path, module(), namespace)
+    watch = control()
+    _, controlled = fit([watch], tmp_path, module(), namespace, steps=200)
     assert not fixed.final() < 0.1
-    assert controlled.final() < 0.08  # a constant output has 0.075
+    assert controlled.final() < 0.06  # a constant output has 0.075
     assert controlled.dampings[0] == 4 * controlled.start  # the first step, without others to hold out, was undone
     assert controlled.dampings[1] > 100 * controlled.start
     assert watch.controller.damping == controlled.dampings[-1]

@@ -1,54 +1,83 @@
-"""A Kronecker-factored optimizer from dampings that are decades apart: with the guard all runs end alike."""
+"""A Kronecker-factored optimizer from dampings that are decades apart: the controller makes all runs one.
+
+What no start has a say in can't be told apart by it: after the first step the runs are the same bit for bit, so the spread
+over seven starts is exactly 1. How good that one run is, is measured against the best fixed damping of a grid of one value
+per decade; over 1e-6 to 10 that is 1 on all three tasks (docs/damping.md has the whole table).
+"""
 
 from __future__ import annotations
 
-import math
+import statistics
+from functools import cache, partial
 
 import pytest
-from kronecker_harness import train
+import torch
+from kronecker_harness import SCHEDULE, KroneckerSGD, Task, train
 
 from lightning_rmt import DampingController
 
 STARTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-STEPS, RATE = 300, 1.0
+BEST = (0.1, 1.0)  # of the grid, and the one below
+SEEDS = (0, 1, 2)
+TASKS = tuple(SCHEDULE)
 
 
-def losses(starts=STARTS, **options):
-    found = []
-    for start in starts:
-        control = None if options.get("fixed") else DampingController(mode="control", **options)
-        found.append(train("autoencoder", start, STEPS, RATE, controller=control)[0])
-    return found
+@cache
+def controlled(kind, seed, guard=1.5):
+    steps, rate = SCHEDULE[kind]
+    return train(kind, 1e-6, steps, rate, seed, DampingController(mode="control", guard=guard))[0]
 
 
-@pytest.fixture(scope="module")
-def guarded():
-    return losses(guard_steps="every")
+@cache
+def best_fixed(kind, seed):
+    steps, rate = SCHEDULE[kind]
+    return min(train(kind, damping, steps, rate, seed)[0] for damping in BEST)
+
+
+def weights_after(kind, start, steps):
+    task = Task(kind, 0)
+    optimizer = KroneckerSGD(task.model, SCHEDULE[kind][1], start)
+    control = DampingController(mode="control").attach(optimizer)
+    for _ in range(steps):
+        rows, others = task.batch(), task.batch()
+        output = task.model(task.x[rows])
+        loss = task.loss(rows, output)
+        optimizer.zero_grad()
+        optimizer.observe(task.sampled_loss(output), len(rows))
+        loss.backward()
+        control.step(partial(task.loss, rows), partial(task.loss, others), before=loss)
+    state = {**control.state_dict(), "ratios": None}
+    return torch.cat([p.detach().flatten() for p in task.model.parameters()]), state
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_after_its_first_step_a_run_has_forgotten_where_it_started(kind):
+    weights, state = weights_after(kind, STARTS[0], 3)
+    for start in STARTS[1:]:
+        others, other_state = weights_after(kind, start, 3)
+        assert torch.equal(weights, others)
+        assert state == other_state
+
+
+# over seeds; measured 0.85, 1.25 and 1.29
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TASKS)
+def test_it_ends_near_the_best_fixed_damping(kind):
+    ratios = [controlled(kind, seed) / best_fixed(kind, seed) for seed in SEEDS]
+    assert statistics.median(ratios) < 1.5, ratios
+    # near interpolation single seeds are luck: 0.1 to 4.2 over nine
+    assert max(ratios) < (5 if kind == "classifier" else 1.5), ratios
 
 
 @pytest.mark.slow
-def test_six_decades_of_starts_end_alike(guarded):
-    assert max(guarded) < 1.5 * min(guarded)
-    assert max(guarded) < 0.03
+@pytest.mark.parametrize("kind", TASKS)
+def test_without_the_guard_it_does_not(kind):
+    ratios = [controlled(kind, seed, guard=None) / best_fixed(kind, seed) for seed in SEEDS]
+    assert statistics.median(ratios) > 2, ratios
 
 
 @pytest.mark.slow
-def test_most_of_the_same_starts_diverge_when_they_are_kept():
-    assert losses(STARTS[:4], fixed=True) == [math.inf] * 4
-
-
-@pytest.mark.slow
-def test_without_the_guard_the_first_test_would_fail(guarded):
-    found = losses(guard=None)
-    assert max(found) > 1.5 * min(found)
-    assert min(found) > 3 * max(guarded)  # 0.07 is what a constant output gets
-
-
-@pytest.mark.slow
-def test_a_classifier_that_comes_near_interpolation_stays_finite():
-    # the batch that it is measured on shows hardly any curvature there; that of the step's own batch does
-    found = [
-        train("classifier", start, 200, 0.3, controller=DampingController(mode="control", guard_steps="every"))[0]
-        for start in (1e-6, 1e-2, 1.0)
-    ]
-    assert max(found) < 1.0  # 2.3 at the start
+@pytest.mark.parametrize("kind", TASKS)
+def test_small_dampings_that_are_kept_diverge(kind):
+    steps, rate = SCHEDULE[kind]
+    assert train(kind, 1e-4, steps, rate)[0] > 10 * best_fixed(kind, 0)
