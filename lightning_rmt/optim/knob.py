@@ -36,7 +36,7 @@ class Knob:
         state = ControllerState(settings.mode, trust=settings.bounds[0])
         if isinstance(settings.init, (int, float)):
             state.damping = float(settings.init)
-        if settings.method == "local-law":
+        if settings.method == "local-law" or not settings.search:
             state.first_products = 0
         return state
 

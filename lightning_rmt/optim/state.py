@@ -30,6 +30,7 @@ class ControllerState:
         largest: its largest absolute eigenvalue.
         noise_free: whether it came with no noise to speak of.
         suggested: whether a suggestion was made already.
+        clipped: share of clipped steps among the last measured ones, None where nobody said.
     """
 
     mode: Mode
@@ -46,6 +47,7 @@ class ControllerState:
     largest: float | None = None
     noise_free: bool = False
     suggested: bool = False
+    clipped: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
