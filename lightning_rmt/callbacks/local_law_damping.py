@@ -235,7 +235,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         held_out = self._batches.held_out(module, self.loss_fn)
         # an optimizer that unscales its gradients itself would do so a second time
         again = None if getattr(optimizer, "_step_supports_amp_scaling", False) else optimizer.step
-        self._pending = self.controller.after_step(own, held_out, retake=again)
+        self._pending = self.controller.after_step(own, held_out, retake=again, clipped=self._clipped)
 
     def _was_clipped(self) -> bool | None:
         norm, self._norm = self._norm, None

@@ -73,6 +73,8 @@ class DampingController:
         guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step. Where
             it was measured only the latter made runs from very different dampings end alike: see ``docs/damping.md``.
         mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
+        search: whether the first step is taken again with other dampings. False where a damping acts on later steps only, as
+            in optimizers that move an inverse a little in each step (singd): one step then says nothing about it.
 
     Attributes:
         settings: the arguments, but for ``target``.
@@ -98,9 +100,22 @@ class DampingController:
         guard_factor: float = 4.0,
         guard_steps: GuardSteps = "probe",
         mode: Mode = "log",
+        search: bool = True,
     ) -> None:
         self.settings = DampingSettings(
-            method, every, init, bounds, rel_bounds, max_change, ema, deadband, guard, guard_factor, guard_steps, mode
+            method,
+            every,
+            init,
+            bounds,
+            rel_bounds,
+            max_change,
+            ema,
+            deadband,
+            guard,
+            guard_factor,
+            guard_steps,
+            mode,
+            search,
         )
         self.report: DampingReport | None = None
         self.target = target
@@ -209,6 +224,7 @@ class DampingController:
         *,
         before: Tensor | float | None = None,
         take: Callable[[], Any] | None = None,
+        clipped: Tensor | bool | None = None,
     ) -> DampingReport | None:
         """Steps the optimizer, after ``backward()``; measures, guards and changes the damping when due.
 
@@ -222,6 +238,9 @@ class DampingController:
                 ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients;
                 ``optimizer.step`` isn't where the gradients carry a graph (``create_graph=True``), which it can go through
                 once only.
+            clipped: whether this step's gradients were clipped, as in ``clip_grad_norm_(parameters, 1.0) > 1.0``; on all
+                ranks or on none. Where more than half of the measured steps were, the clipping and not the damping says how
+                long steps are, and the damping is left as it is.
 
         Returns:
             What was seen; None where this step wasn't looked at.
@@ -237,7 +256,7 @@ class DampingController:
             take = self._knob.optimizer.step
             retake = take if self._taken is None or self._taken.repeatable else None
         take()
-        return self.after_step(loss, held_out, before=before, retake=retake)
+        return self.after_step(loss, held_out, before=before, retake=retake, clipped=clipped)
 
     def before_step(self) -> None:
         """The first half of `step`: remembers where the step starts.
@@ -273,6 +292,7 @@ class DampingController:
         *,
         before: Tensor | float | None = None,
         retake: Callable[[], Any] | None = None,
+        clipped: Tensor | bool | None = None,
     ) -> DampingReport | None:
         """The second half of `step`, with the gradients still there.
 
@@ -280,6 +300,7 @@ class DampingController:
             loss: see `step`, like ``held_out`` and ``before``.
             held_out: see there.
             before: see there.
+            clipped: see there.
             retake: takes the same step again, with the same gradients; calls of `before_step` and `after_step` in it are
                 passed over. None: the first calibration is spread over the first steps, one product each.
         """
@@ -290,7 +311,7 @@ class DampingController:
         if taken is not None:
             self._busy = True
             try:
-                questions = Questions(loss, held_out, before, retake)
+                questions = Questions(loss, held_out, before, retake, clipped)
                 report = judge(self._knob, Look(taken, self._group), questions)
                 self._see_effective()
                 report = self.report = replace(report, effective=self._knob.state.effective)

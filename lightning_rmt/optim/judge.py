@@ -25,6 +25,7 @@ class Questions(NamedTuple):
     held_out: LossFunction | None
     before: Tensor | float | None
     retake: Callable[[], Any] | None
+    clipped: Tensor | bool | None
 
 
 def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
@@ -35,6 +36,7 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     proposal = knob.damping
     if knob.due() and settings.method != "local-law":
         try:
+            _refuse_clipped(knob, look, asked)
             if knob.held_out_wanted and (asked.held_out is not None or settings.method == "heldout"):
                 ratio, proposal = (_search if knob.searching else _follow)(knob, look, asked)
             if settings.method == "two-part" or state.noise_free:
@@ -67,6 +69,22 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
         local_law=state.local_law,
         effective=state.effective,
     )
+
+
+def _refuse_clipped(knob: Knob, look: Look, asked: Questions) -> None:
+    """Counts clipped steps.
+
+    Raises:
+        NoCalibrationError: most of the last ones were clipped.
+    """
+    if asked.clipped is None:
+        return
+    state = knob.state
+    state.clipped = look.clipped_share(bool(asked.clipped), state.clipped)
+    if state.clipped > 0.5:
+        raise NoCalibrationError(
+            f"clipped: {state.clipped:.0%} of the last measured steps had clipped gradients, so the clipping sets their length"
+        )
 
 
 def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:

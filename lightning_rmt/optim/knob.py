@@ -37,7 +37,7 @@ class Knob:
         state = ControllerState(settings.mode, trust=settings.bounds[0], guarded_until=settings.every)
         if isinstance(settings.init, (int, float)):
             state.damping = float(settings.init)
-        if settings.method == "local-law":
+        if settings.method == "local-law" or not settings.search:
             state.first_products = 0
         return state
 

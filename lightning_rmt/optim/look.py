@@ -13,6 +13,9 @@ from lightning_rmt.optim.errors import NoCalibrationError
 from lightning_rmt.optim.ranks import mean_over_ranks
 from lightning_rmt.optim.taken_step import Direction, LossFunction, TakenStep
 
+#: About so many measured steps are remembered for the share of clipped ones.
+MEMORY = 4
+
 
 class Ratio(NamedTuple):
     """How much too long a step is.
@@ -137,6 +140,16 @@ class Look:
             raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
         start, end = self.losses(loss, before)
         return (end - start) / predicted if predicted < 0 and math.isfinite(end) else -math.inf
+
+    def clipped_share(self, clipped: bool, before: float | None) -> float:
+        """Share of clipped steps among the last ones, with this one: a mean that forgets.
+
+        Args:
+            clipped: whether this one was; of several ranks the share counts.
+            before: the share before it, None for the first.
+        """
+        (share,) = self._mean([float(clipped)])
+        return share if before is None else before + (share - before) / MEMORY
 
     def _mean(self, numbers: list[float]) -> list[float]:
         return mean_over_ranks(numbers, self._group, self.taken.device)

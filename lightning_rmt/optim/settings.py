@@ -31,6 +31,7 @@ class DampingSettings:
     guard_factor: float = 4.0
     guard_steps: GuardSteps = "probe"
     mode: Mode = "log"
+    search: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in (("method", Method), ("mode", Mode), ("guard_steps", GuardSteps)):

@@ -31,6 +31,7 @@ class ControllerState:
         noise_free: whether it came with no noise to speak of.
         suggested: whether a suggestion was made already.
         guarded_until: steps up to which every one is guarded.
+        clipped: share of clipped steps among the last measured ones, None where nobody said.
     """
 
     mode: Mode
@@ -48,6 +49,7 @@ class ControllerState:
     noise_free: bool = False
     suggested: bool = False
     guarded_until: int = 0
+    clipped: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
