@@ -19,6 +19,7 @@ from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.announcement import announcement
+from lightning_rmt.live.batch_law import measure_batch_law
 from lightning_rmt.live.batches import CapturedBatch, is_empty
 from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
@@ -31,6 +32,8 @@ from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import try_room_for_whole, unsharded
+from lightning_rmt.live.training import dataset_size
+from lightning_rmt.local_law.batch_law import BatchLaw
 from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
@@ -53,6 +56,8 @@ class LiveMeasurement:
         blocks: spectra of groups of parameters; only a full probe has them.
         noise: of the matrix on half of the batches; only a full probe has it.
         batches: curvature batches on a rank, the fewest of any.
+        batch_law: outliers of parts of the batches; only a full probe whose turn it is has them.
+        batch_law_seconds: that these took.
     """
 
     measurement: Measurement
@@ -66,6 +71,8 @@ class LiveMeasurement:
     blocks: Mapping[str, Spectrum] = field(default_factory=dict)
     noise: NoiseScale | None = None
     batches: int = 1
+    batch_law: BatchLaw | None = None
+    batch_law_seconds: float = 0.0
 
 
 def measure_live(
@@ -105,7 +112,7 @@ def measure_live(
     learned = learned or Learned(settings.product)
     memory = memory or Memory()
     probes = settings.probes if light is None else 1
-    if ranks.differing([step, int(light is not None)]):
+    if ranks.differing([step, int(light is not None), int(settings.batch_law)]):
         raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
     whole = gathers(module, settings, probes, memory, ranks, trainer.strategy.root_device)
     settings, left_out = (settings, ()) if whole else without_exact_parts(settings)
@@ -202,21 +209,33 @@ def measure_live(
             return result
         blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
         operator.release()  # its graphs are in the way of what follows
-        noise, no_noise = measure_noise(
+        kind = {"exact": shared.exact, "mixed_precision": settings.autocast and "mixed" in str(trainer.precision)}
+        noise, no_noise = measure_noise(module, batches, outliers, settings, ranks, memory, seed=start, **kind)
+        seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
+        levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
+        began = time.perf_counter()
+        law, no_law = measure_batch_law(
             module,
             batches,
-            outliers,
+            measurement.spectrum,
+            noise,
             settings,
             ranks,
             memory,
-            exact=shared.exact,
-            mixed_precision=settings.autocast and "mixed" in str(trainer.precision),
+            dataset_size=dataset_size(trainer),
             seed=start,
+            **kind,
         )
-        seconds, seed = time.perf_counter() - begin, _mix(settings.seed, step, ranks.rank)
-        levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
-        notes = (*notes, *reasons, *no_noise, *levels.notes)
-        return replace(result, blocks=blocks, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
+        return replace(
+            result,
+            blocks=blocks,
+            levels=levels.blocks,
+            notes=(*notes, *reasons, *no_noise, *levels.notes, *no_law),
+            learned=levels.learned,
+            noise=noise,
+            batch_law=law,
+            batch_law_seconds=time.perf_counter() - began if settings.batch_law else 0.0,
+        )
 
 
 def _over_ranks(

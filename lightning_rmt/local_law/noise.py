@@ -27,6 +27,8 @@ class NoiseScale:
             them: it is what moves an outlier from theta to about ``theta + anisotropy * s^2 / theta``. 1 for a GOE; 40 to 60
             measured on digits networks. None without outliers.
         products: operator products that it took; one with a half batch counts half.
+        anisotropy_stderr: one standard error of the anisotropy, given these two half batches: from the random vectors, and
+            from the finite number of entries that the noise along an outlier has, as if those were independent.
     """
 
     mean: float
@@ -34,6 +36,7 @@ class NoiseScale:
     batch_size: float | None
     anisotropy: float | None
     products: float
+    anisotropy_stderr: float | None = None
 
     @property
     def edge(self) -> float:
@@ -136,6 +139,10 @@ def noise_scale(
     noise = shards.attempt(lambda: one - other, failed)
     moved = inner(noise[probes:], noise[probes:]).diagonal() if chosen else None
     along = inner(vectors[probes:], noise[probes:]).diagonal() if chosen else None
+    fourth = None
+    if chosen:
+        shards.attempt(lambda: noise[probes:].square_(), None)
+        fourth = inner(noise[probes:], noise[probes:]).diagonal()
     project(noise[:probes])
     squares = (inner(noise[:probes], noise[:probes]).diagonal() / lengths).tolist()
     for half in (first, second):
@@ -144,12 +151,17 @@ def noise_scale(
         raise NonFiniteError("the difference of the halves' products is NaN or infinite")
 
     scale, error = _jackknife([square / 2.0 for square in squares])  # the halves' difference has both their noises
-    anisotropy = None
-    if moved is not None and along is not None and scale > 0.0:
-        anisotropy = float(((moved - along**2) / 2.0).clamp(min=0.0).mean()) / scale**2
+    anisotropy = spread = None
+    if moved is not None and along is not None and fourth is not None and scale > 0.0:
+        across = float(((moved - along**2) / 2.0).clamp(min=0.0).mean())
+        anisotropy = across / scale**2
+        if error is not None and across > 0.0:
+            # independent Gaussian entries w: the variance of |w|^2 is 2 sum E[w^2]^2 = (2/3) sum E[w^4]
+            entries = math.sqrt(2.0 / 3.0 * float(fourth.sum())) / 2.0 / chosen
+            spread = anisotropy * math.hypot(2.0 * error / scale, entries / across)
     sizes = [getattr(operator, "samples", None) for operator in (first, second)]
     size = 2.0 / (1.0 / sizes[0] + 1.0 / sizes[1]) if sizes[0] and sizes[1] else None
-    return NoiseScale(scale, error, size, anisotropy, float(probes + chosen))
+    return NoiseScale(scale, error, size, anisotropy, float(probes + chosen), spread)
 
 
 def _stacked(vectors: list[Any]) -> Any:
