@@ -25,7 +25,7 @@ from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
-from lightning_rmt.live.noise import OutlierDirections, measure_noise
+from lightning_rmt.live.noise import OutlierDirections, measure_noise, vectors_of
 from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.progress import probe_progress
@@ -176,6 +176,7 @@ def measure_live(
         on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
 
         start = _mix(settings.seed, step, 0)
+        vectors = vectors_of(operator, settings, ranks) if isinstance(operator, CurvatureOperator) else None
         outliers = OutlierDirections()
 
         def keep_outliers(spectrum: Spectrum, basis: Tensor) -> None:
@@ -191,7 +192,9 @@ def measure_live(
                 check=check,
                 basis=basis,
                 until=_rule(shared, light),
-                on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory, ranks.size)),
+                on_forecast=lambda cost: rank_zero_info(
+                    announcement(module, settings, cost, memory, ranks.size, vectors)
+                ),
                 on_step=on_step,
                 on_basis=keep_outliers if settings.noise and light is None else None,
             )
