@@ -120,6 +120,7 @@ class Reading:
             self.spectrum,
             noise_stderr=math.nan if noise.stderr is None else noise.stderr,
             residuals=[level.residual for level in levels],
+            along=noise.along or 0.0,
         )
 
     def local_law_damping_error(self) -> float:

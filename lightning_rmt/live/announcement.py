@@ -45,6 +45,8 @@ def announcement(
         f"{products * each:.2g} s, and {held / _MEBI:.2g} MiB ({cost.basis_bytes / _MEBI:.2g} for its basis, "
         f"{memory.graphs / _MEBI:.2g} for graphs{vectors}) of {memory.free / _MEBI:.0f} MiB free{where}"
     )
+    if settings.batch_law:
+        said = f"{said}; more where products take as long on few samples, which most of the outlier law's have"
     if settings.levels is None:
         return said
     copy = double_bytes(module.modules())

@@ -34,6 +34,8 @@ MOST_SIZES, SAMPLES_FOR_MOST = 4, 64
 MOST_OUTLIERS, UNCOUNTED = 5, 3
 #: Products per batch, at most: outliers are mostly certified after 20, and on small batches it is them that stand out.
 MOST_STEPS = 40
+#: Steps between two looks: on a small model, looking at every step would take most of the time.
+LOOK_EVERY = 5
 
 
 def most_products(settings: ProbeSettings) -> int:
@@ -216,7 +218,7 @@ def _largest(
 
         def until(shared: CurvatureOperator | RankSum) -> CertifiedEnds:
             samples.append(float(shared.samples))
-            return CertifiedEnds(shared.size, shared.noise, top=wanted)
+            return CertifiedEnds(shared.size, shared.noise, top=wanted, every=LOOK_EVERY)
 
         operator = all_or_none(ranks, build)
         spectrum = spectrum_of(

@@ -45,8 +45,9 @@ class Cleaned:
             it.
         stderr: standard error of the curvature from all that is known to make it uncertain: that sampling, the noise scale's
             own error, the eigenvalues' residuals, and the fluctuation of the noise matrix itself. The last is
-            ``s sqrt(2 (1 + 2 s^2 m) / n)``, m the mean of ``1 / (l - x)^2`` over the bulk: of GOE noise, which real noise
-            seldom is. With n = 1500 it is 0.3 % of the curvature at 12 s, 3 % at 2 s and 7 % at 1.5 s.
+            ``a sqrt(1 + 2 s^2 m)``, m the mean of ``1 / (l - x)^2`` over the bulk and a the standard deviation of ``u'Nu``:
+            ``s sqrt(2 / n)`` for a GOE, and with n = 1500 then 0.3 % of the curvature at 12 s, 3 % at 2 s and 7 % at 1.5 s;
+            far more along the outliers of a network.
     """
 
     eigenvalues: NDArray[np.float64]
@@ -69,6 +70,7 @@ def clean(
     *,
     noise_stderr: float = 0.0,
     residuals: ArrayLike = 0.0,
+    along: float = 0.0,
 ) -> Cleaned:
     """Cleans outliers of a matrix with additive noise.
 
@@ -84,6 +86,8 @@ def clean(
         spectrum: of the matrix.
         noise_stderr: standard error of ``noise``, for `Cleaned.stderr`; NaN where it isn't known.
         residuals: how far an eigenvalue may be from the given ones, shape (k,) or one for all, for `Cleaned.stderr`.
+        along: standard deviation of the noise's own quadratic form in an outlier's direction (`NoiseScale.along`), for
+            `Cleaned.stderr`, where it is more than a GOE's.
 
     Returns:
         The cleaned outliers, in the order given; without noise, each is its own curvature and the overlap is 1.
@@ -109,7 +113,7 @@ def clean(
             error[index],
             4 * pull * noise_stderr / noise if noise > 0 else 0.0,
             (1 + 2 * steep) * away[index],
-            noise * math.sqrt(2 * (1 + 2 * steep) / spectrum.size),
+            max(along, noise * math.sqrt(2 / spectrum.size)) * math.sqrt(1 + 2 * steep),
         )
     return Cleaned(found, curvature, location, overlap, error, stderr)
 

@@ -180,7 +180,7 @@ def self_consistent_damping_error(
     factor = 2 * law.measured + law.added
     k = law.solve(factor, 0.0)
     if factor == 0 or k <= law.start:
-        return 0.0 if noise == 0 and k == 0 else math.nan
+        return math.nan
     tau, square = law.bulk.mean(k), law.bulk.mean(k, 2)
     slope = factor * (1 - law.added * square) / (1 + factor * square) + law.added
     relative = noise_stderr / noise if noise > 0 else 0.0
