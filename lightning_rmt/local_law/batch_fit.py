@@ -177,18 +177,42 @@ class _Inflation:
 
     def growth(self, exponent: float) -> NDArray[np.float64]:
         """``x_b`` with this exponent, in units of the smallest batch's ``b^(-2q)``."""
-        exponent = min(max(exponent, EXPONENTS[0]), EXPONENTS[1])
+        exponent = float(np.clip(exponent, *EXPONENTS))
         return np.asarray(self.relative ** (-2 * exponent) - self.whole ** (-2 * exponent))
 
     def fit(self) -> NDArray[np.float64]:
         """Theta (outliers), alpha, beta, the exponent of a second fit, in the operator's units, and R^2."""
-        fixed = self._solve(self._start(), 0.5)
-        free = self._solve(np.append(fixed, 0.5), None)
+        if self.count == 1:
+            fixed, exponent = self._line(0.5)[0], self._exponent()
+        else:
+            fixed = self._solve(self._start(), 0.5)
+            exponent = float(np.clip(self._solve(np.append(fixed, 0.5), None)[-1], *EXPONENTS))
         theta, alpha = fixed[: self.count], fixed[self.count]
         beta = fixed[self.count + 1] / alpha if self.beta is None else self.beta
-        exponent = min(max(free[-1], EXPONENTS[0]), EXPONENTS[1])
         units = [alpha * self.unit**2 * self.smallest, beta * self.unit, exponent, self._r_squared(fixed)]
         return np.concatenate([theta * self.unit, units])
+
+    def _line(self, exponent: float) -> tuple[NDArray[np.float64], float]:
+        """Theta and alpha of a single outlier with this exponent, and the sum of squares: with beta known, a line in x."""
+        x = self.growth(exponent)
+        design = np.stack([np.ones(x.size), x], axis=1) * self.root_weights
+        (theta, slope), *_ = np.linalg.lstsq(design, self.levels[:, 0] * self.root_weights[:, 0], rcond=None)
+        alpha = slope / (1 / theta + (self.beta or 0.0) / theta**2)
+        residual = (self.levels[:, 0] - theta - slope * x) * self.root_weights[:, 0]
+        return np.array([theta, alpha]), float(residual @ residual)
+
+    def _exponent(self) -> float:
+        """The best one of a single outlier: all else follows from it in closed form."""
+        from scipy.optimize import minimize_scalar  # SciPy is slow to import
+
+        grid = np.geomspace(*EXPONENTS, 25)
+        best = int(np.argmin([self._line(q)[1] for q in grid]))
+        if best in (0, grid.size - 1):
+            return float(grid[best])
+        found = minimize_scalar(
+            lambda q: self._line(q)[1], bounds=(grid[best - 1], grid[best + 1]), method="bounded", options={"xatol": 1e-6}
+        )
+        return float(found.x)
 
     def _r_squared(self, parameters: NDArray[np.float64]) -> float:
         def means(values: NDArray[np.float64]) -> NDArray[np.float64]:
