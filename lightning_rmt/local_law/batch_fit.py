@@ -210,7 +210,10 @@ class _Inflation:
         if best in (0, grid.size - 1):
             return float(grid[best])
         found = minimize_scalar(
-            lambda q: self._line(q)[1], bounds=(grid[best - 1], grid[best + 1]), method="bounded", options={"xatol": 1e-6}
+            lambda q: self._line(q)[1],
+            bounds=(grid[best - 1], grid[best + 1]),
+            method="bounded",
+            options={"xatol": 1e-6},
         )
         return float(found.x)
 

@@ -47,7 +47,9 @@ def batch_law_figure(reading: Reading) -> Figure:
         axes.errorbar(sizes, means[:, i], yerr=errors[:, i], color=colour, marker="o", markersize=5, linestyle="none")
         if i < len(reading.spectrum.top):
             whole = reading.spectrum.top[i].value
-            axes.plot(reading.samples, whole, marker="s", markersize=6, color="white", markeredgecolor=colour, ls="none")
+            axes.plot(
+                reading.samples, whole, marker="s", markersize=6, color="white", markeredgecolor=colour, ls="none"
+            )
     axes.set_xlim(*ends)
     _ticks(axes, np.append(sizes, reading.samples))
     axes.set_xlabel("samples in a batch, over all ranks", size=style.LABEL_SIZE)
@@ -78,7 +80,9 @@ def _ticks(axes: Axes, sizes: NDArray[np.float64]) -> None:
     low, high = axes.get_ylim()
     steps = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else typeset(number(value))))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else typeset(number(value)))
+    )
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.live import batch_law as live_law
+from lightning_rmt.live import blocks as live_blocks
 from lightning_rmt.live import measurement
 from lightning_rmt.live.batch_law import GROUPS, MOST_SIZES, SAMPLES_FOR_MOST, Turns, most_products
 from lightning_rmt.live.batches import CapturedBatch
@@ -261,18 +263,49 @@ def test_bad_values(every):
 # --- two ranks --------------------------------------------------------------------------------------------------------------
 
 
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
 def on_this_rank(case: Case, directory: Path) -> dict[str, Any]:
+    """A law, and then one rank that runs out of memory for one of its batches, or in one of its products."""
     control = train(case, directory)
     watch = watcher(every_n_steps=100)
-    seen: dict[str, Any] = {"differences": differences(train(case, directory, watch), control)}
+    seen: dict[str, Any] = {"differences": [differences(train(case, directory, watch), control)], "notes": []}
     law = watch.reading.batch_law
-    return {**seen, "notes": watch.reading.notes, "law": None if law is None else law.to_dict()}
+    seen |= {"law": None if law is None else law.to_dict(), "said": watch.reading.notes}
+    for owner, name, number in (
+        (live_law, "build_operator", 3),
+        (live_blocks, "plan", 2),
+        (Hessian, "_matmat", 9),
+    ):
+        original, calls = getattr(owner, name), iter(range(1, 10**6))
+        fit = measurement.measure_batch_law
+
+        def sometimes(*arguments: Any, original=original, calls=calls, number=number, **options: Any) -> Any:
+            return (no_memory if next(calls) == number else original)(*arguments, **options)
+
+        def fitted(*arguments: Any, owner=owner, name=name, sometimes=sometimes, fit=fit, **options: Any) -> Any:
+            if int(os.environ["LOCAL_RANK"]) == 1:
+                setattr(owner, name, sometimes)
+            return fit(*arguments, **options)
+
+        measurement.measure_batch_law = fitted
+        watch = watcher(every_n_steps=100)
+        seen["differences"].append(differences(train(case, directory, watch), control))
+        seen["notes"].append([note for note in watch.reading.notes if "no outlier law" in note])
+        setattr(owner, name, original)
+        measurement.measure_batch_law = fit
+    return seen
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 def test_on_two_ranks(tmp_path):
     one, two = on_two_ranks(on_this_rank, tmp_path, Case("ddp", Small, many, ddp()), tmp_path)
-    assert one["differences"] == two["differences"] == []
+    assert one["differences"] == two["differences"] == [[]] * 4
     assert one["law"] == two["law"]
-    assert one["law"] is not None, one["notes"]
+    assert one["law"] is not None, one["said"]
     assert sorted(set(one["law"]["batch_sizes"])) == [2, 4, 8]
+    assert two["notes"] == [["no outlier law: memory ran out"]] * 3
+    for (said,) in one["notes"]:
+        assert "no outlier law: it failed on rank 1 (" in said

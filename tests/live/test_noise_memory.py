@@ -65,9 +65,7 @@ def peak_on_this_rank() -> int:
 @pytest.mark.skipif(not (PROC / "clear_refs").exists(), reason="the peak of a process is read where Linux keeps it")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_noises_vectors_take_what_is_forecast(ranks, tmp_path):
-    forecast = noise_vectors(
-        SIZE, torch.float32, MOST_DIRECTIONS, RANDOM + RESOLVED, RANDOM, even_length(SIZE, ranks)
-    )
+    forecast = noise_vectors(SIZE, torch.float32, MOST_DIRECTIONS, RANDOM + RESOLVED, RANDOM, even_length(SIZE, ranks))
     assert forecast.directions == MOST_DIRECTIONS * 4 * even_length(SIZE, ranks)
     for measured in on_ranks(ranks, peak_on_this_rank, tmp_path):
         assert 0.9 * sum(forecast) <= measured <= 1.05 * sum(forecast)

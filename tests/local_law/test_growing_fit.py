@@ -23,7 +23,9 @@ def nested(seed, scatter=6.0, moved=0.5, exponent=0.5):
         for parts in (1, 2, 4):
             for samples in np.split(own, parts):
                 x = samples.size ** (-2 * exponent)
-                rows.append((samples.size, group, THETA + x * ALPHA / THETA + samples.mean() + moved * x * rng.normal()))
+                rows.append(
+                    (samples.size, group, THETA + x * ALPHA / THETA + samples.mean() + moved * x * rng.normal())
+                )
     sizes, groups, levels = np.array(rows).T
     return sizes, groups, levels[:, None]
 
@@ -56,9 +58,7 @@ def test_an_exponent_that_nothing_tells_is_at_an_end():
 
 def test_the_anisotropy_has_the_noise_scales_error():
     sizes, groups, levels = nested(0, scatter=0.0, moved=0.0)
-    fit = outlier_batch_fit(
-        sizes, levels, bulk_mean=0.0, groups=groups, sample_noise=4.0, sample_noise_stderr=0.2
-    )
+    fit = outlier_batch_fit(sizes, levels, bulk_mean=0.0, groups=groups, sample_noise=4.0, sample_noise_stderr=0.2)
     assert fit.anisotropy.mean == pytest.approx(5)
     assert fit.anisotropy.stderr == pytest.approx(5 * 2 * 0.2 / 4.0, rel=1e-3)
 

@@ -72,9 +72,7 @@ def test_damping(truth, noise, share, relative):
     for levels, _, spectrum, known in measured(truth, share * noise, relative):
         both = {"spectrum_noise": known}
         found = self_consistent_damping(known / share, spectrum, **both)
-        error = self_consistent_damping_error(
-            known / share, spectrum, **both, noise_stderr=relative * known / share
-        )
+        error = self_consistent_damping_error(known / share, spectrum, **both, noise_stderr=relative * known / share)
         bulk = levels[: N - spectrum.outliers.high.count]
         added = noise**2 * (1 - share**2)
         k = exact_damping(bulk, noise, added)
