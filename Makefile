@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
+# its dependency backpack declares torchvision, which neither needs here
+CURVLINOPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt curvlinops-for-pytorch backpack-for-pytorch
 # One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
@@ -14,11 +16,13 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(CURVLINOPS)
 	touch $@
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples]'
+	$(CURVLINOPS)
 	touch $@
 
 demo: $(VENV)/.installed-demo

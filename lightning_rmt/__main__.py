@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every: int | None) -> list[Path]:
-    """Draws one monitor's run into ``folder`` and returns the files: a few spectra, then the pictures over time.
+    """Draws one monitor's run into ``folder`` and returns the files: a few spectra, the pictures over time, and the last outlier map.
 
     Args:
         readings: sorted by step, at least one.
@@ -54,6 +54,7 @@ def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every:
         file_format: ``"png"``, ``"pdf"`` or ``"svg"``.
         every: draw the spectrum of every so many full readings besides the first and the last; None: about six in all.
     """
+    from lightning_rmt.report.batch_law_figure import batch_law_figure
     from lightning_rmt.report.cumulant_figure import free_cumulant_figure
     from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure, spectrum_figure
     from lightning_rmt.report.history import HistoryEntry
@@ -66,6 +67,9 @@ def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every:
     if full:
         figures["spectrum_over_time"] = heat_map_figure(history)
         figures["free_cumulants"] = free_cumulant_figure(history)
+    with_law = [reading for reading in full if reading.batch_law is not None]
+    if with_law:
+        figures["batch_law"] = batch_law_figure(with_law[-1])
     figures["eigenvalues_over_time"] = outliers_over_time_figure(history)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -16,8 +17,9 @@ from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
 from lightning_rmt.levels.verdict import FEWEST_LEVELS
+from lightning_rmt.local_law.batch_law import BatchLaw
 from lightning_rmt.local_law.cleaning import Cleaned, clean
-from lightning_rmt.local_law.damping import self_consistent_damping
+from lightning_rmt.local_law.damping import self_consistent_damping, self_consistent_damping_error
 from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.spectra.archive import read_arrays
 from lightning_rmt.spectra.spectrum import Spectrum
@@ -27,6 +29,9 @@ BLOCK_META = ("name", "description", "noise", "seconds")
 
 NOISES = ("noise", "curvature_noise")
 """Attributes that are a `NoiseScale`."""
+
+PLAIN = (*NOISES, "batch_law")
+"""Attributes that are saved as plain values, or None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +65,8 @@ class Reading:
         preconditioner: what this probe fed a `SpectralPreconditioner`: ``rank`` (directions that are shrunk from here on),
             ``edge`` (largest level left, in its metric), ``smallest_factor`` and ``cosine`` (mean squared, to the last
             basis); empty where none was due.
+        batch_law: the largest outliers on parts of the batches, and how they grow as batches shrink; None where that wasn't
+            asked for at this reading, or a note says why it can't be had.
     """
 
     step: int
@@ -83,6 +90,7 @@ class Reading:
     noise: NoiseScale | None = None
     curvature_noise: NoiseScale | None = None
     preconditioner: Mapping[str, float] = field(default_factory=dict)
+    batch_law: BatchLaw | None = None
 
     @property
     def light(self) -> bool:
@@ -108,8 +116,31 @@ class Reading:
         """The counted outliers above the bulk without what noise added to them; None where the noise isn't known."""
         if self.curvature_noise is None:
             return None
-        count = self.spectrum.outliers.high.count or 0
-        return clean([level.value for level in self.spectrum.top[:count]], self.curvature_noise.mean, self.spectrum)
+        levels = self.spectrum.top[: self.spectrum.outliers.high.count or 0]
+        noise = self.curvature_noise
+        return clean(
+            [level.value for level in levels],
+            noise.mean,
+            self.spectrum,
+            noise_stderr=math.nan if noise.stderr is None else noise.stderr,
+            residuals=[level.residual for level in levels],
+            along=noise.along or 0.0,
+        )
+
+    def local_law_damping_error(self) -> float:
+        """Standard error of `local_law_damping`; NaN where it isn't known.
+
+        Raises:
+            ValueError: as there.
+        """
+        if self.noise is None or self.curvature_noise is None or self.noise.stderr is None:
+            return math.nan
+        return self_consistent_damping_error(
+            self.noise.mean,
+            self.spectrum,
+            spectrum_noise=self.curvature_noise.mean,
+            noise_stderr=self.noise.stderr,
+        )
 
     def local_law_damping(self) -> float | None:
         """The damping at which a noisy Newton step is right on average, see `self_consistent_damping`.
@@ -142,7 +173,7 @@ class Reading:
         meta = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectrum", "levels", "blocks")}
         meta["levels"] = [{name: getattr(block, name) for name in BLOCK_META} for block in self.levels]
         meta["blocks"] = list(self.blocks)
-        meta |= {name: None if (found := getattr(self, name)) is None else found.to_dict() for name in NOISES}
+        meta |= {name: None if (found := getattr(self, name)) is None else found.to_dict() for name in PLAIN}
         arrays: dict[str, Any] = {"reading": np.array(json.dumps(meta)), **self.spectrum.to_arrays()}
         arrays |= {f"levels_{i}": block.eigenvalues for i, block in enumerate(self.levels)}
         for i, spectrum in enumerate(self.blocks.values()):
@@ -170,6 +201,8 @@ class Reading:
             for i, name in enumerate(meta.pop("blocks", []))
         }
         meta |= {name: NoiseScale(**meta[name]) for name in NOISES if meta.get(name) is not None}
+        if meta.get("batch_law") is not None:
+            meta["batch_law"] = BatchLaw.from_dict(meta["batch_law"])
         known = {f.name for f in fields(cls)}
         meta = {key: tuple(v) if isinstance(v, list) else v for key, v in meta.items() if key in known}
         return cls(spectrum=Spectrum.from_arrays(arrays), blocks=blocks, **meta)

@@ -16,6 +16,7 @@ from lightning_rmt.callbacks.arguments import (
     refuse_bad_values,
 )
 from lightning_rmt.krylov.collectives import LostRankError
+from lightning_rmt.live.batch_law import Turns, refuse_no_batch_law
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
 from lightning_rmt.live.loss import refuse_unusable_loss
@@ -97,6 +98,10 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             where these are kept, and those of the Hessian then reach no further than to it.
         noise: measure the noise of the curvature from two half batches at full probes (four products and two more
             evaluations of the loss): ``noise_scale``, ``noise_edge``, ``anisotropy``, and the damping that it asks for.
+        batch_law_every: at every so many-th full probe, from the first one on, also measure the largest outliers on parts of
+            the curvature batches, and fit how they grow as batches shrink (``batch_law/<i>/...``; arXiv 2205.08601). It
+            needs 16 samples a rank and takes 28 Lanczos runs of up to 40 products on 1/4, 1/8 and 1/16 of them (60 on 1/4 to
+            1/32 from 64 samples on): some 60 to 100 products on all of the batches, 160 at most. None: never.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has
@@ -142,6 +147,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         levels: list[str] | Literal["auto"] | None = "auto",
         blocks: list[str] | None = None,
         noise: bool = True,
+        batch_law_every: int | None = None,
         microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
@@ -160,6 +166,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         choose("on_error", on_error, ("warn", "raise"))
         refuse_bad_levels(levels, curvature)
         refuse_bad_blocks(blocks)
+        if batch_law_every is not None:
+            at_least_one(batch_law_every=batch_law_every)
         self.curvature = curvature
         self.lanczos_steps = lanczos_steps
         self.probes = probes
@@ -170,6 +178,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.levels = levels
         self.blocks = blocks
         self.noise = noise
+        self.batch_law_every = batch_law_every
         self.microbatch = microbatch
         self.product = product
         self.autocast = autocast
@@ -184,6 +193,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._report = LoggerReport(figures_every=figures_every, custom_scalars=custom_scalars)
         self._checked = False
         self._learned: Learned | None = None
+        self._turns = Turns(batch_law_every)
         self._memory = Memory()
         self._failures = 0
         self._off = False
@@ -213,6 +223,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             probes=self.probes,
             rank_weights=self.rank_weights,
             noise=self.noise and self.curvature != "gradient_covariance",
+            batch_law=self._turns.due(sum(entry.speed == "full" for entry in self.history)),
             batches=self._schedule.batches,
             seed=self.seed,
             name=self.name,
@@ -224,7 +235,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             return
         refuse_untested_strategy(trainer)
         ranks = Ranks.of(trainer)
-        arguments = vars(self._settings) | self._schedule.arguments | {"on_error": self.on_error}
+        arguments = vars(self._settings) | self._schedule.arguments
+        arguments |= {"on_error": self.on_error, "batch_law_every": self.batch_law_every}
         refuse_differences(ranks, arguments, "build it with the same arguments on every rank")
         ranks.together(lambda: self._refuse_unusable(trainer, pl_module), elsewhere=REFUSED)
         self._off = bool(trainer.barebones)
@@ -234,6 +246,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             refuse_missing_outputs(pl_module, self.curvature, self.outputs_fn)
         else:
             refuse_unusable_loss(pl_module, self.loss_fn)
+        refuse_no_batch_law(self.batch_law_every, self.curvature, self.product)
         if not trainer.is_global_zero:  # nobody else writes
             return
         consumed = any(getattr(callback, "consumes_readings", False) for callback in trainer.callbacks)
@@ -427,6 +440,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             preconditioner=probed.preconditioner,
             noise=None if probed.noise is None else probed.noise.at(step_samples, population),
             curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples, population),
+            batch_law=probed.batch_law,
         )
         if speed == "light":
             self.light_reading = reading
@@ -435,7 +449,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.history.append(HistoryEntry.from_reading(reading))
         if trainer.is_global_zero:
             self._write(trainer, reading)
-        return reading.seconds
+        return seconds if speed == "light" else self._turns.on_average(seconds, probed.batch_law_seconds)
 
     @property
     def _light_ends(self) -> LightEnds:
@@ -454,7 +468,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         )
         self.reading, self.light_reading, self.history = None, None, []
         self._checked, self._learned, self._failures, self._capture_error = False, None, 0, None
-        self._memory = Memory()
+        self._turns, self._memory = Turns(self.batch_law_every), Memory()
         self._once = Once()
 
     def _write(self, trainer: Any, reading: Reading) -> None:

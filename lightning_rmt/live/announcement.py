@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_rmt.curvature.double_precision import double_bytes
+from lightning_rmt.live.batch_law import most_products
 from lightning_rmt.live.level_blocks import MOST_AUTO, TIME_SHARE, named_block
-from lightning_rmt.live.memory import Memory
+from lightning_rmt.live.memory import Memory, NoiseVectors
 from lightning_rmt.live.noise import RANDOM, RESOLVED
 from lightning_rmt.live.settings import ProbeSettings
 from lightning_rmt.probe import Forecast
@@ -14,7 +15,14 @@ from lightning_rmt.probe import Forecast
 _MEBI = 2**20
 
 
-def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, memory: Memory, ranks: int) -> str:
+def announcement(
+    module: nn.Module,
+    settings: ProbeSettings,
+    cost: Forecast,
+    memory: Memory,
+    ranks: int,
+    noise: NoiseVectors | None = None,
+) -> str:
     """The cost of the first probe in words: products, seconds, memory.
 
     Args:
@@ -23,16 +31,22 @@ def announcement(module: nn.Module, settings: ProbeSettings, cost: Forecast, mem
         cost: of the spectrum.
         memory: what its graphs take, and what is free.
         ranks: processes that share it; memory is that of one.
+        noise: what the noise's vectors take; None: nothing.
     """
     each = cost.seconds / max(cost.products, 1)
     products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps + _noise_products(settings)
+    products += most_products(settings)
     where = "" if ranks == 1 else f" on each of {ranks} ranks"
-    held = cost.basis_bytes + memory.graphs
+    noise = noise or NoiseVectors()
+    held = memory.graphs + noise.directions + max(cost.basis_bytes, noise.working)
+    vectors = f", {sum(noise) / _MEBI:.2g} for the noise's vectors, most of it after the basis" if sum(noise) else ""
     said = (
         f"SpectrumMonitor {settings.name!r}: the first probe takes at most {products} products, about "
         f"{products * each:.2g} s, and {held / _MEBI:.2g} MiB ({cost.basis_bytes / _MEBI:.2g} for its basis, "
-        f"{memory.graphs / _MEBI:.2g} for graphs) of {memory.free / _MEBI:.0f} MiB free{where}"
+        f"{memory.graphs / _MEBI:.2g} for graphs{vectors}) of {memory.free / _MEBI:.0f} MiB free{where}"
     )
+    if settings.batch_law:
+        said = f"{said}; more where products take as long on few samples, which most of the outlier law's have"
     if settings.levels is None:
         return said
     copy = double_bytes(module.modules())

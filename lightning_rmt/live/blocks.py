@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.restricted import Restricted
 from lightning_rmt.live.level_blocks import LevelBlock, named_block
 from lightning_rmt.live.memory import SHARE, Memory, Plan, free_bytes, host_bytes, least_plan, plan
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import ProbeSettings
-from lightning_rmt.probe import estimate_spectrum
+from lightning_rmt.probe import Until, estimate_spectrum
 from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import Settled
 
@@ -72,27 +73,59 @@ def _spectrum(
     if block.size == operator.size:
         return whole
 
-    rows = ranks.local_size(block)
+    return spectrum_of(
+        block, settings, ranks, memory, seed=seed, until=lambda shared: Settled(shared.size, shared.noise)
+    )
+
+
+def spectrum_of(
+    operator: CurvatureOperator,
+    settings: ProbeSettings,
+    ranks: Ranks,
+    memory: Memory,
+    *,
+    seed: int,
+    until: Callable[[CurvatureOperator | RankSum], Until],
+    most_steps: int | None = None,
+    light: bool = False,
+) -> Spectrum:
+    """The spectrum of one more operator of a probe, over all ranks, with one start vector and as good a basis as fits.
+
+    Args:
+        operator: this rank's.
+        settings: with the most steps that are wanted.
+        ranks: all that take part.
+        memory: what a basis may take.
+        seed: of the start vector.
+        until: makes the rule that ends it, for the operator over all ranks.
+        most_steps: fewer steps than the settings'.
+        light: whether eigenvalues are all that is wanted; see `plan`.
+
+    Raises:
+        RefusedError: it can't be had, on any rank.
+    """
+    rows = ranks.local_size(operator)
+    steps = settings.lanczos_steps if most_steps is None else min(settings.lanczos_steps, most_steps)
 
     def planned() -> Plan:
-        available = SHARE * free_bytes(block.device)
+        available = SHARE * free_bytes(operator.device)
         return plan(
-            block.size,
-            settings.lanczos_steps,
+            operator.size,
+            steps,
             1,
-            block.dtype,
+            operator.dtype,
             available,
-            host=SHARE * host_bytes(block.device),
+            host=SHARE * host_bytes(operator.device),
             local_size=rows,
             largest=memory.largest_basis,
+            light=light,
         )
 
     agreed = least_plan(ranks, all_or_none(ranks, planned))
-    all_or_none(ranks, lambda: memory.try_out(block, agreed, rows))
-    shared = all_or_none(ranks, lambda: ranks.mean(block, settings.rank_weights))
+    all_or_none(ranks, lambda: memory.try_out(operator, agreed, rows))
+    shared = all_or_none(ranks, lambda: ranks.mean(operator, settings.rank_weights))
 
     def run() -> Spectrum:
-        rule = Settled(shared.size, shared.noise)
-        return estimate_spectrum(shared, steps=agreed.steps, seed=seed, basis=agreed.basis, until=rule)
+        return estimate_spectrum(shared, steps=agreed.steps, seed=seed, basis=agreed.basis, until=until(shared))
 
     return all_or_none(ranks, run)

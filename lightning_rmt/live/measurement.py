@@ -19,12 +19,13 @@ from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
 from lightning_rmt.live.announcement import announcement
+from lightning_rmt.live.batch_law import measure_batch_law
 from lightning_rmt.live.batches import CapturedBatch, is_empty
 from lightning_rmt.live.blocks import measure_blocks
 from lightning_rmt.live.fence import fence
 from lightning_rmt.live.levels import measure_levels
 from lightning_rmt.live.memory import Memory, Plan, least_plan
-from lightning_rmt.live.noise import OutlierDirections, measure_noise
+from lightning_rmt.live.noise import OutlierDirections, measure_noise, vectors_of
 from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.preconditioning import due_preconditioner, feed, state_of
@@ -33,6 +34,8 @@ from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
 from lightning_rmt.live.seeds import mixed_seed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import try_room_for_whole, unsharded
+from lightning_rmt.live.training import dataset_size
+from lightning_rmt.local_law.batch_law import BatchLaw
 from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
@@ -56,6 +59,8 @@ class LiveMeasurement:
         noise: of the matrix on half of the batches; only a full probe has it.
         batches: curvature batches on a rank, the fewest of any.
         preconditioner: what the training's preconditioner was fed; empty where none was due.
+        batch_law: outliers of parts of the batches; only a full probe whose turn it is has them.
+        batch_law_seconds: that these took.
     """
 
     measurement: Measurement
@@ -70,6 +75,8 @@ class LiveMeasurement:
     noise: NoiseScale | None = None
     batches: int = 1
     preconditioner: Mapping[str, float] = field(default_factory=dict)
+    batch_law: BatchLaw | None = None
+    batch_law_seconds: float = 0.0
 
 
 def measure_live(
@@ -109,7 +116,7 @@ def measure_live(
     learned = learned or Learned(settings.product)
     memory = memory or Memory()
     probes = settings.probes if light is None else 1
-    if ranks.differing([step, int(light is not None)]):
+    if ranks.differing([step, int(light is not None), int(settings.batch_law)]):
         raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
     whole = gathers(module, settings, probes, memory, ranks, trainer.strategy.root_device)
     settings, left_out = (settings, ()) if whole else without_exact_parts(settings)
@@ -173,6 +180,7 @@ def measure_live(
         on_step = ranks.together(lambda: stack.enter_context(probe_progress(trainer, settings.name, probes * steps)))
 
         start = mixed_seed(settings.seed, step, 0)
+        vectors = vectors_of(operator, settings, ranks) if isinstance(operator, CurvatureOperator) else None
         outliers = OutlierDirections()
 
         def keep_outliers(spectrum: Spectrum, basis: Tensor) -> None:
@@ -188,7 +196,9 @@ def measure_live(
                 check=check,
                 basis=basis,
                 until=_rule(shared, light),
-                on_forecast=lambda cost: rank_zero_info(announcement(module, settings, cost, memory, ranks.size)),
+                on_forecast=lambda cost: rank_zero_info(
+                    announcement(module, settings, cost, memory, ranks.size, vectors)
+                ),
                 on_step=on_step,
                 on_basis=keep_outliers if settings.noise and light is None else None,
             )
@@ -204,7 +214,7 @@ def measure_live(
         result = LiveMeasurement(measurement, samples, names, warnings, notes, found, product_error, batches=fewest)
         if not isinstance(operator, CurvatureOperator):
             return result
-        mixed = settings.autocast and "mixed" in str(trainer.precision)
+        kind: Any = {"exact": shared.exact, "mixed_precision": settings.autocast and "mixed" in str(trainer.precision)}
         if light is None:
             blocks, reasons = measure_blocks(module, operator, measurement.spectrum, settings, ranks, memory, start)
             result, notes = replace(result, blocks=blocks), (*notes, *reasons)
@@ -220,30 +230,39 @@ def measure_live(
                 ranks,
                 memory,
                 samples=samples,
-                exact=shared.exact,
-                mixed_precision=mixed,
                 seed=start,
+                **kind,
             )
             notes = (*notes, *fed)
             result = replace(result, preconditioner=state_of(preconditioner))
         if light is not None:
             return replace(result, notes=notes)
         operator.release()  # its graphs are in the way of what follows
-        noise, no_noise = measure_noise(
+        noise, no_noise = measure_noise(module, batches, outliers.take, settings, ranks, memory, seed=start, **kind)
+        seconds, seed = time.perf_counter() - begin, mixed_seed(settings.seed, step, ranks.rank)
+        levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
+        began = time.perf_counter()
+        law, no_law = measure_batch_law(
             module,
             batches,
-            outliers.take,
+            measurement.spectrum,
+            noise,
             settings,
             ranks,
             memory,
-            exact=shared.exact,
-            mixed_precision=mixed,
+            dataset_size=dataset_size(trainer),
             seed=start,
+            **kind,
         )
-        seconds, seed = time.perf_counter() - begin, mixed_seed(settings.seed, step, ranks.rank)
-        levels = measure_levels(trainer, module, batches, settings, ranks, seconds=seconds, seed=seed, learned=found)
-        notes = (*notes, *no_noise, *levels.notes)
-        return replace(result, levels=levels.blocks, notes=notes, learned=levels.learned, noise=noise)
+        return replace(
+            result,
+            levels=levels.blocks,
+            notes=(*notes, *no_noise, *levels.notes, *no_law),
+            learned=levels.learned,
+            noise=noise,
+            batch_law=law,
+            batch_law_seconds=time.perf_counter() - began if settings.batch_law else 0.0,
+        )
 
 
 def _over_ranks(

@@ -157,6 +157,40 @@ def gathered_bytes(parameters: int, size: int, probes: int, dtype: torch.dtype) 
     return parameters + (1 + WHOLE_VECTORS * probes) * size * dtype.itemsize
 
 
+class NoiseVectors(NamedTuple):
+    """Vectors of the noise measurement in this process, in bytes.
+
+    Attributes:
+        directions: of the outliers, taken while the basis is there.
+        working: what the halves' products take besides, once it is gone.
+    """
+
+    directions: int = 0
+    working: int = 0
+
+
+def noise_vectors(
+    size: int, dtype: torch.dtype, directions: int, products: int, random: int, local_size: int | None = None
+) -> NoiseVectors:
+    """The memory of `noise_scale` in this process, besides graphs.
+
+    Alone: the random vectors as they are drawn, then a stack of all, both halves' products and their difference. With parts
+    of vectors: buffers of either half's exchange, parts and whole, and within a product whole vectors twice more.
+
+    Args:
+        size: n.
+        dtype: of the vectors.
+        directions: of outliers, at most.
+        products: vectors that either half is multiplied with, together.
+        random: how many of these are random.
+        local_size: entries of each vector that this process holds; None: all.
+    """
+    length = size if local_size is None else local_size
+    stacks, whole = (4, 0) if length == size else (5, 4)
+    working = (random + stacks * products) * length + whole * products * size
+    return NoiseVectors(min(directions, size // 2) * length * dtype.itemsize, working * dtype.itemsize)
+
+
 class Memory:
     """What probes may take of the free memory; after an out-of-memory, less, until enough of them have worked.
 

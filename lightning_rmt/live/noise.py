@@ -16,7 +16,7 @@ from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.krylov.lanczos import SymmetricOperator
 from lightning_rmt.krylov.ritz_vectors import ritz_vectors
 from lightning_rmt.live.batches import CapturedBatch
-from lightning_rmt.live.memory import Memory
+from lightning_rmt.live.memory import Memory, NoiseVectors, noise_vectors
 from lightning_rmt.live.operators import build_operator
 from lightning_rmt.live.ranks import Ranks, RefusedError, all_or_none
 from lightning_rmt.live.settings import ProbeSettings
@@ -56,6 +56,15 @@ class OutlierDirections:
         if self._reason is not None:
             raise RefusedError(self._reason)
         return vectors
+
+
+def vectors_of(operator: CurvatureOperator, settings: ProbeSettings, ranks: Ranks) -> NoiseVectors:
+    """What the noise of this operator will take in this process, at most; nothing where it isn't measured."""
+    if not settings.noise or not operator.exact:
+        return NoiseVectors()
+    return noise_vectors(
+        operator.size, operator.dtype, MOST_DIRECTIONS, RANDOM + RESOLVED, RANDOM, ranks.local_size(operator)
+    )
 
 
 def outlier_directions(spectrum: Spectrum, basis: Tensor, operator: CurvatureOperator) -> Tensor | None:

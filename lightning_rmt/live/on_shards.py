@@ -56,9 +56,10 @@ def without_exact_parts(settings: ProbeSettings) -> tuple[ProbeSettings, tuple[s
         "level statistics": settings.levels,
         "spectra of groups of parameters": settings.blocks,
         "noise scale": settings.noise,
+        "outlier law": settings.batch_law,
     }
     notes = [f"no {what}: they take whole parameters, which don't fit on every rank" for what, w in wanted.items() if w]
-    return replace(settings, levels=None, blocks=None, noise=False), tuple(notes)
+    return replace(settings, levels=None, blocks=None, noise=False, batch_law=False), tuple(notes)
 
 
 def operator_on_shards(

@@ -19,7 +19,10 @@ OutputsFn = Callable[[Any, Any], "tuple[Any, Callable[[Any], Tensor]]"]
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is measured, and how; the arguments of `SpectrumMonitor` of the same names."""
+    """What is measured, and how; the arguments of `SpectrumMonitor` of the same names.
+
+    ``batch_law`` is whether it is this probe's turn to fit the outlier map (``batch_law_every``).
+    """
 
     curvature: Curvature
     microbatch: int
@@ -37,6 +40,7 @@ class ProbeSettings:
     name: str
     rank_weights: RankWeights = "equal"
     noise: bool = False
+    batch_law: bool = False
 
     @property
     def first_order(self) -> bool:

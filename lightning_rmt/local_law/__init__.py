@@ -10,12 +10,14 @@ batch sizes, ``weighted`` cleans Kronecker factors, ``shrinkage`` and ``learner`
 """
 
 from lightning_rmt.local_law.batch_fit import OutlierBatchFit, outlier_batch_fit
+from lightning_rmt.local_law.batch_law import BatchLaw
 from lightning_rmt.local_law.cleaning import Cleaned, clean
 from lightning_rmt.local_law.damping import (
     damping_for,
     effective_damping,
     noise_edge,
     self_consistent_damping,
+    self_consistent_damping_error,
     smallest_damping,
 )
 from lightning_rmt.local_law.errors import NoDampingError
@@ -34,6 +36,7 @@ from lightning_rmt.local_law.vector_measure import VectorMeasure
 from lightning_rmt.local_law.weighted import MovingAverageWeights, clean_weighted
 
 __all__ = [
+    "BatchLaw",
     "Cleaned",
     "DampingLearner",
     "JointDamping",
@@ -61,5 +64,6 @@ __all__ = [
     "noise_scale",
     "outlier_batch_fit",
     "self_consistent_damping",
+    "self_consistent_damping_error",
     "smallest_damping",
 ]

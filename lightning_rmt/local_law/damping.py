@@ -153,6 +153,40 @@ def self_consistent_damping(noise: float, spectrum: Spectrum, *, spectrum_noise:
     return law.damping(law.solve(2 * law.measured + law.added, 0.0))
 
 
+def self_consistent_damping_error(
+    noise: float, spectrum: Spectrum, *, spectrum_noise: float | None = None, noise_stderr: float = 0.0
+) -> float:
+    """Standard error of `self_consistent_damping`, by the delta method.
+
+    From the probes' sampling of the bulk, and from the noise scale's own error. Both scales are taken to come from one
+    measurement (see `NoiseScale.at`), so that they err by the same factor. With ``k = f tau_0(k)`` both enter in the same
+    way: ``d k (1 + f tau_0') = f (d tau_0 + 2 tau_0 d log s)``. That noise is no GOE is no part of it.
+
+    Args:
+        noise: as for `self_consistent_damping`.
+        spectrum: as for `self_consistent_damping`.
+        spectrum_noise: as for `self_consistent_damping`.
+        noise_stderr: standard error of ``noise``, in its units.
+
+    Returns:
+        The error, in the operator's units; NaN where the damping is the smallest one above the bulk's edge, since nobody
+        knows that edge's error.
+
+    Raises:
+        TypeError: as `self_consistent_damping`.
+        ValueError: as `self_consistent_damping`.
+    """
+    law = _Law.of(noise, spectrum, spectrum_noise)
+    factor = 2 * law.measured + law.added
+    k = law.solve(factor, 0.0)
+    if factor == 0 or k <= law.start:
+        return math.nan
+    tau, square = law.bulk.mean(k), law.bulk.mean(k, 2)
+    slope = factor * (1 - law.added * square) / (1 + factor * square) + law.added
+    relative = noise_stderr / noise if noise > 0 else 0.0
+    return slope * math.hypot(law.bulk.mean_error(k, spectrum), 2 * tau * relative)
+
+
 def smallest_damping(noise: float, spectrum: Spectrum, *, spectrum_noise: float | None = None) -> float:
     """The smallest damping that keeps the noisy matrix positive on its bulk, at least 0.
 

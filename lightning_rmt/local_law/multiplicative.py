@@ -102,7 +102,7 @@ def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cle
         spectrum: as for `ggn_effective_damping`.
 
     Returns:
-        As for `clean`.
+        As for `clean`; `Cleaned.stderr` is NaN, since the fluctuation of such a matrix isn't known here.
 
     Raises:
         TypeError: the spectrum is none.
@@ -123,7 +123,7 @@ def ggn_clean(eigenvalues: ArrayLike, samples: float, spectrum: Spectrum) -> Cle
             overlap[index] = location[index] / (value * change)
             spread = sampling_error(value, lambda x, value: x / (x - value), spectrum)
             error[index] = 2 * curvature[index] / left * spread * spectrum.size / samples
-    return Cleaned(found, curvature, location, overlap, error)
+    return Cleaned(found, curvature, location, overlap, error, np.full(found.size, math.nan))
 
 
 @dataclass(frozen=True, eq=False)

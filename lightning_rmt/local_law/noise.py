@@ -27,6 +27,11 @@ class NoiseScale:
             them: it is what moves an outlier from theta to about ``theta + anisotropy * s^2 / theta``. 1 for a GOE; 40 to 60
             measured on digits networks. None without outliers.
         products: operator products that it took; one with a half batch counts half.
+        anisotropy_stderr: one standard error of the anisotropy, given these two half batches: from the random vectors, and
+            from the finite number of entries that the noise along an outlier has, as if those were independent.
+        along: standard deviation of ``u'Nu`` for an outlier's direction u, the root mean square over those that were
+            looked at: how far the outlier itself moves from batch to batch. ``s sqrt(2 / n)`` for a GOE, hundreds of times
+            that on digits networks. None without outliers.
     """
 
     mean: float
@@ -34,6 +39,8 @@ class NoiseScale:
     batch_size: float | None
     anisotropy: float | None
     products: float
+    anisotropy_stderr: float | None = None
+    along: float | None = None
 
     @property
     def edge(self) -> float:
@@ -59,7 +66,8 @@ class NoiseScale:
         per_sample = 1.0 / self.batch_size  # of halves, whose difference knows nothing of N
         factor = math.sqrt((1.0 / batch_size - 1.0 / dataset_size) / per_sample)
         stderr = None if self.stderr is None else self.stderr * factor
-        return replace(self, mean=self.mean * factor, stderr=stderr, batch_size=batch_size)
+        along = None if self.along is None else self.along * factor
+        return replace(self, mean=self.mean * factor, stderr=stderr, batch_size=batch_size, along=along)
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain values."""
@@ -136,6 +144,10 @@ def noise_scale(
     noise = shards.attempt(lambda: one - other, failed)
     moved = inner(noise[probes:], noise[probes:]).diagonal() if chosen else None
     along = inner(vectors[probes:], noise[probes:]).diagonal() if chosen else None
+    fourth = None
+    if chosen:
+        shards.attempt(lambda: noise[probes:].square_(), None)
+        fourth = inner(noise[probes:], noise[probes:]).diagonal()
     project(noise[:probes])
     squares = (inner(noise[:probes], noise[:probes]).diagonal() / lengths).tolist()
     for half in (first, second):
@@ -144,12 +156,19 @@ def noise_scale(
         raise NonFiniteError("the difference of the halves' products is NaN or infinite")
 
     scale, error = _jackknife([square / 2.0 for square in squares])  # the halves' difference has both their noises
-    anisotropy = None
-    if moved is not None and along is not None and scale > 0.0:
-        anisotropy = float(((moved - along**2) / 2.0).clamp(min=0.0).mean()) / scale**2
+    anisotropy = spread = outlier = None
+    if along is not None:
+        outlier = math.sqrt(float((along**2).mean()) / 2.0)
+    if moved is not None and along is not None and fourth is not None and scale > 0.0:
+        across = float(((moved - along**2) / 2.0).clamp(min=0.0).mean())
+        anisotropy = across / scale**2
+        if error is not None and across > 0.0:
+            # independent Gaussian entries w: the variance of |w|^2 is 2 sum E[w^2]^2 = (2/3) sum E[w^4]
+            entries = math.sqrt(2.0 / 3.0 * float(fourth.sum())) / 2.0 / chosen
+            spread = anisotropy * math.hypot(2.0 * error / scale, entries / across)
     sizes = [getattr(operator, "samples", None) for operator in (first, second)]
     size = 2.0 / (1.0 / sizes[0] + 1.0 / sizes[1]) if sizes[0] and sizes[1] else None
-    return NoiseScale(scale, error, size, anisotropy, float(probes + chosen))
+    return NoiseScale(scale, error, size, anisotropy, float(probes + chosen), spread, outlier)
 
 
 def _stacked(vectors: list[Any]) -> Any:

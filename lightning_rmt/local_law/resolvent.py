@@ -42,12 +42,14 @@ class Resolvent:
         variance: factor by which the noise variance is larger there, 1 without an unreached atom at zero.
         floor: smallest damping at which means over the bulk are not those of its lowest eigenvalue, perhaps negative. A
             little above minus the lowest eigenvalue: about ``n^(-2/3)`` of the bulk's width where it ends like a semicircle.
+        dead: share of all eigenvalues in an unreached atom at zero.
     """
 
     nodes: NDArray[np.float64]
     weights: NDArray[np.float64]
     variance: float
     floor: float
+    dead: float = 0.0
 
     def mean(self, damping: float, power: int = 1) -> float:
         """``(1/n) sum 1 / (eigenvalue + damping)^power`` over the bulk; infinite at or below its end."""
@@ -55,6 +57,25 @@ class Resolvent:
         if shifted.size and shifted[0] <= 0:
             return math.inf
         return float(self.weights @ shifted**-power)
+
+    def mean_error(self, damping: float, spectrum: Spectrum) -> float:
+        """Standard error of ``mean(damping)`` from the probes' sampling of the bulk.
+
+        Where an atom at zero is unreached, its sampled mass moves the mean, and the noise variance by as much: an error of
+        ``mean`` that does to a self-consistent damping what both do together.
+
+        Args:
+            damping: above the bulk's end.
+            spectrum: the one that this is of.
+        """
+        bulk, tau = spectrum.bulk, self.mean(damping)
+
+        def influence(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            unreached = bulk.is_zero(x) & (self.dead > 0)
+            return np.where(unreached, 2 * tau, 1 / np.where(unreached, 1.0, x + damping))[None, :]
+
+        variance = float(bulk.covariance(influence)[0, 0])
+        return math.sqrt(max(variance, 0.0)) * (1 - bulk.removed_mass) / (1 - self.dead)
 
     def damping_where(self, factor: float, wanted: float, start: float) -> float:
         """The damping d above the bulk with ``d - factor mean(d) = wanted``, or ``start`` if that is larger.
@@ -94,7 +115,7 @@ class Resolvent:
         share = (1 - bulk.removed_mass - dead) / (1 - dead)
         probes = (bulk.probe(index, zeros=not unreached) for index in range(len(bulk.nodes)))
         floors = [_floor(x, w, bool(bulk.is_zero(x[:1]).all())) for x, w in probes if x.size]
-        return cls(nodes, weights * share, 1 / (1 - dead), max(floors))
+        return cls(nodes, weights * share, 1 / (1 - dead), max(floors), dead)
 
 
 def _floor(nodes: NDArray[np.float64], weights: NDArray[np.float64], atom: bool) -> float:

@@ -94,6 +94,10 @@ class LoggerReport:
             f"{reading.name}/spectrum_over_time": _Drawn(heat_map_figure(past)),
             f"{reading.name}/free_cumulants": _Drawn(free_cumulant_figure(past)),
         }
+        if reading.batch_law is not None:
+            from lightning_rmt.report.batch_law_figure import batch_law_figure
+
+            figures[f"{reading.name}/batch_law"] = _Drawn(batch_law_figure(reading))
         gifts = [(take, tag_for(tag, logger), drawn) for tag, drawn in figures.items() for logger, take in takers]
         each(gifts, lambda gift: gift[0](gift[1], gift[2], reading.step))
 

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lightning_rmt.local_law.batch_law import tells_exponent
 from lightning_rmt.reading import Reading
 from lightning_rmt.report.wording import law_tag, law_words, number
+from lightning_rmt.spectra.moments import Estimate
 
 TOP = 10
 """Certified eigenvalues logged from either end: ``top/1`` is the largest, ``bottom/1`` the smallest."""
@@ -74,7 +76,7 @@ def verdicts(reading: Reading) -> dict[str, str]:
 
 
 def _items(reading: Reading) -> Iterator[_Item]:
-    full = (_ends, _sums, _outliers, _bulk, _levels, _laws, _groups, _noise, _preconditioner, _run)
+    full = (_ends, _sums, _outliers, _bulk, _levels, _laws, _groups, _noise, _batch_law, _preconditioner, _run)
     parts = (_certified_ends, _preconditioner, _run) if reading.light else full
     for part in parts:
         for tag, value, reason in part(reading):
@@ -198,17 +200,47 @@ def _noise(reading: Reading) -> Iterator[_Item]:
     if noise is None or cleaned is None:  # not asked for, or a note says why
         return
     yield _Item("noise_scale", noise.mean, "")
+    yield _Item("noise_edge", noise.edge, "")
     if noise.stderr is not None:
         yield _Item("noise_scale_stderr", noise.stderr, "")
-    yield _Item("noise_edge", noise.edge, "")
+        yield _Item("noise_edge_stderr", 2 * noise.stderr, "")
     yield _Item("anisotropy", noise.anisotropy, "no eigenvalue is certified whose direction's noise could be compared")
+    if noise.anisotropy_stderr is not None:
+        yield _Item("anisotropy_stderr", noise.anisotropy_stderr, "")
     try:
-        damping, reason = reading.local_law_damping(), ""
-    except ValueError as error:
-        damping, reason = None, str(error)
+        damping, error, reason = reading.local_law_damping(), reading.local_law_damping_error(), ""
+    except ValueError as refused:
+        damping, error, reason = None, math.nan, str(refused)
     yield _Item("damping/local_law", damping, reason)
-    for i, curvature in enumerate(cleaned.curvature[:TOP], start=1):
-        yield _Item(f"cleaned/{i}", None if math.isnan(curvature) else curvature, "it can't be told from noise")
+    if damping is not None:
+        reason = "the damping is the smallest one above the bulk's edge, whose error isn't known"
+        yield _Item("damping/local_law_stderr", None if math.isnan(error) else error, reason)
+    for i, (curvature, error) in enumerate(zip(cleaned.curvature[:TOP], cleaned.stderr, strict=False), start=1):
+        told = not math.isnan(curvature)
+        yield _Item(f"cleaned/{i}", curvature if told else None, "it can't be told from noise")
+        if told:
+            yield _Item(f"cleaned/{i}_stderr", error, "")
+
+
+def _batch_law(reading: Reading) -> Iterator[_Item]:
+    """How the outliers grow as batches shrink."""
+    law = reading.batch_law
+    if law is None:  # not asked for, or a note says why
+        return
+    for i, fit in enumerate(law.fits, start=1):
+        told = tells_exponent(fit)
+        r_squared = Estimate(fit.r_squared, fit.r_squared_stderr)
+        no_noise = "the noise in all directions wasn't measured, which the outlier's is compared with"
+        for tag, estimate, reason in (
+            ("theta", fit.theta[0], ""),
+            ("alpha", fit.alpha, ""),
+            ("exponent", fit.exponent if told else None, "the outlier's growth doesn't tell it"),
+            ("r_squared", r_squared, ""),
+            ("anisotropy", fit.anisotropy, no_noise),
+        ):
+            yield _Item(f"batch_law/{i}/{tag}", None if estimate is None else estimate.mean, reason)
+            if estimate is not None:
+                yield _Item(f"batch_law/{i}/{tag}_stderr", estimate.stderr, "")
 
 
 def _preconditioner(reading: Reading) -> Iterator[_Item]:

@@ -36,6 +36,7 @@ ARGUMENTS = {
     "levels": None,  # there are none of a ggn
     "blocks": ["net.*"],
     "noise": False,
+    "batch_law_every": 2,
     "rank_weights": "samples",
     "microbatch": 2,
     "product": "exact",

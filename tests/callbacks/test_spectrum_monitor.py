@@ -188,7 +188,8 @@ def test_the_first_probe_is_announced_with_its_cost(tmp_path, caplog):
     (line,) = [record.getMessage() for record in caplog.records if "first probe" in record.getMessage()]
     assert "at most 28 products" in line
     assert re.search(
-        r"about [0-9.e-]+ s, and [0-9.]+ MiB \([0-9.]+ for its basis, [0-9.]+ for graphs\) of \d+ MiB free; "
+        r"about [0-9.e-]+ s, and [0-9.]+ MiB \([0-9.]+ for its basis, [0-9.]+ for graphs, [0-9.]+ for the "
+        r"noise's vectors, most of it after the basis\) of \d+ MiB free; "
         r"then level statistics from the exact Hessian of up to 83 parameters \(at most 0.5 times as long, [0-9.]+ MiB",
         line,
     )

@@ -54,6 +54,25 @@ def test_the_standard_error_is_that_of_repeats():
     assert noise_scale(Dense(noise), Dense(np.zeros((N, N))), 1).stderr is None
 
 
+@pytest.mark.parametrize("strong", [1.0, 6.0])
+def test_the_anisotropys_error_is_that_of_repeats(strong):
+    """Gaussian noise, so many times as strong in two directions; each pair of halves has its own."""
+    n, rng, seen = 200, np.random.default_rng(4), []
+    outliers = torch.eye(n, dtype=torch.float64)[:2]
+    scale = np.where(np.arange(n) < 2, strong, 1.0)
+    scale = np.maximum(scale[:, None], scale)
+    for seed in range(150):
+        halves = [Dense(scale * goe(n, 0.5, rng)) for _ in range(2)]
+        seen.append(noise_scale(*halves, 2, seed, outliers=outliers))
+    found, errors = np.array([(one.anisotropy, one.anisotropy_stderr) for one in seen]).T
+    assert found.mean() == pytest.approx(strong**2, rel=0.04)
+    assert np.mean(errors**2) ** 0.5 == pytest.approx(found.std(), rel=0.15)
+    along = np.mean([one.along**2 for one in seen]) ** 0.5
+    assert along == pytest.approx(strong * 0.5 * (2 / n) ** 0.5, rel=0.15)
+    with_size = replace(seen[0], batch_size=1.0)
+    assert with_size.at(4.0).along == pytest.approx(with_size.along / 2)
+
+
 def test_outliers_are_projected_out_and_their_noise_is_reported():
     """Noise 30 times as strong in two directions: kept in, it would be taken for the bulk's."""
     rng = np.random.default_rng(2)
