@@ -63,8 +63,8 @@ def keep(value: Any) -> Callable[[], Any]:
         copy.deepcopy(saved)
     except Exception as error:
         warnings.warn(
-            f"a {type(value).__name__} in the optimizer's state can't be copied ({error}): a step that is undone leaves it as "
-            "the step made it",
+            f"a {type(value).__name__} in the optimizer's state can't be copied ({error}): a step that is undone leaves it "
+            "as the step made it",
             RuntimeWarning,
             stacklevel=2,
         )

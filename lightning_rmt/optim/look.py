@@ -13,7 +13,6 @@ from lightning_rmt.optim.errors import NoCalibrationError
 from lightning_rmt.optim.ranks import mean_over_ranks
 from lightning_rmt.optim.taken_step import Direction, LossFunction, TakenStep
 
-
 #: About so many measured steps are remembered for the share of clipped ones.
 MEMORY = 4
 

@@ -43,7 +43,9 @@ class DigitsRun:
                 step()
             else:
                 given = None if take is None else step
-                control.step(lambda r=rows: self.loss(r), lambda r=others: self.loss(r), before=loss.detach(), take=given)
+                control.step(
+                    lambda r=rows: self.loss(r), lambda r=others: self.loss(r), before=loss.detach(), take=given
+                )
             if after is not None:
                 after()
         return self.final()

@@ -26,7 +26,9 @@ def trained(damping, control=None, steps=100):
 
 def controller(**options):
     # its damping moves the factors a little in each step: the first step alone says nothing about it
-    return DampingController(**{"mode": "control", "every": 5, "guard_steps": "every", "search": False, "max_change": 10.0, **options})
+    return DampingController(
+        **{"mode": "control", "every": 5, "guard_steps": "every", "search": False, "max_change": 10.0, **options}
+    )
 
 
 @pytest.mark.parametrize("start", [1e-8, 100.0])

@@ -24,7 +24,9 @@ OPTIMIZERS = {
     "AdaHessian": lambda model: pytorch_optimizer.AdaHessian(model.parameters()),
     "SOAP": lambda model: pytorch_optimizer.SOAP(model.parameters()),
     "Shampoo": lambda model: pytorch_optimizer.Shampoo(model.parameters()),
-    "ScalableShampoo": lambda model: pytorch_optimizer.ScalableShampoo(model.parameters(), start_preconditioning_step=2),
+    "ScalableShampoo": lambda model: pytorch_optimizer.ScalableShampoo(
+        model.parameters(), start_preconditioning_step=2
+    ),
     "Kron": lambda model: pytorch_optimizer.Kron(model.parameters()),
     "Prodigy": lambda model: pytorch_optimizer.Prodigy(model.parameters()),
     "ScheduleFreeAdamW": lambda model: pytorch_optimizer.ScheduleFreeAdamW(model.parameters()),
