@@ -12,13 +12,13 @@ import math
 import warnings
 
 import torch
-import torch.nn.functional as F
 from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
 from pytorch_optimizer import AdaHessian
 from singd.optim.optimizer import SINGD
 from sklearn.datasets import load_digits
 from tabulate import tabulate
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from lightning_rmt import DampingController
 
@@ -48,11 +48,11 @@ def train_singd(damping, steps, controlled):
     controller.attach(optimizer)
     for rows, others in batches(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[rows]), y[rows])
+        loss = cross_entropy(model(x[rows]), y[rows])
         loss.backward()
         controller.step(
-            lambda r=rows: F.cross_entropy(model(x[r]), y[r]),
-            lambda r=others: F.cross_entropy(model(x[r]), y[r]),
+            lambda r=rows: cross_entropy(model(x[r]), y[r]),
+            lambda r=others: cross_entropy(model(x[r]), y[r]),
             before=loss,
         )
     return model, controller
@@ -67,7 +67,7 @@ def train_curvlinops(damping, steps, controlled):
     controller = DampingController("call", init=damping, mode=mode, every=10, guard_steps="every").attach(optimizer)
     for rows, others in batches(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[rows]), y[rows])
+        loss = cross_entropy(model(x[rows]), y[rows])
         loss.backward()
         kfac = KFACLinearOperator(
             model,
@@ -85,8 +85,8 @@ def train_curvlinops(damping, steps, controlled):
             optimizer.step()
 
         controller.step(
-            lambda r=rows: F.cross_entropy(model(x[r]), y[r]),
-            lambda r=others: F.cross_entropy(model(x[r]), y[r]),
+            lambda r=rows: cross_entropy(model(x[r]), y[r]),
+            lambda r=others: cross_entropy(model(x[r]), y[r]),
             before=loss,
             take=take,
         )
@@ -101,11 +101,11 @@ def train_adahessian(damping, steps, controlled):
     controller = DampingController("eps", mode=mode, every=10, guard_steps="every").attach(optimizer)
     for rows, others in batches(steps):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[rows]), y[rows])
+        loss = cross_entropy(model(x[rows]), y[rows])
         loss.backward(create_graph=True)
         controller.step(
-            lambda r=rows: F.cross_entropy(model(x[r]), y[r]),
-            lambda r=others: F.cross_entropy(model(x[r]), y[r]),
+            lambda r=rows: cross_entropy(model(x[r]), y[r]),
+            lambda r=others: cross_entropy(model(x[r]), y[r]),
             before=loss,
         )
     return model, controller
@@ -117,7 +117,7 @@ STARTS = (1e-6, 1e-2, 100.0)
 
 def final(model):
     with torch.no_grad():
-        loss = float(F.cross_entropy(model(x), y))
+        loss = float(cross_entropy(model(x), y))
     return loss if loss < 1e3 else math.inf
 
 

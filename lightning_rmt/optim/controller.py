@@ -103,20 +103,9 @@ class DampingController:
         search: bool = True,
     ) -> None:
         self.settings = DampingSettings(
-            method,
-            every,
-            init,
-            bounds,
-            rel_bounds,
-            max_change,
-            ema,
-            deadband,
-            guard,
-            guard_factor,
-            guard_steps,
-            mode,
-            search,
-        )
+            method, every, init, bounds, rel_bounds, max_change, ema, deadband,
+            guard, guard_factor, guard_steps, mode, search,
+        )  # fmt: skip
         self.report: DampingReport | None = None
         self.target = target
         self._knob = Knob(self.settings)
@@ -235,12 +224,11 @@ class DampingController:
             held_out: the same of a batch that is independent of this one; None: no held-out measurement.
             before: this batch's loss before the step, where it is at hand: saves a forward pass.
             take: takes the step; None: ``optimizer.step``. For a preconditioner that rewrites the gradients, for example
-                ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients;
-                ``optimizer.step`` isn't where the gradients carry a graph (``create_graph=True``), which it can go through
-                once only.
-            clipped: whether this step's gradients were clipped, as in ``clip_grad_norm_(parameters, 1.0) > 1.0``; on all
-                ranks or on none. Where more than half of the measured steps were, the clipping and not the damping says how
-                long steps are, and the damping is left as it is.
+                ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients, which
+                ``optimizer.step`` isn't where they carry a graph (``create_graph=True``): it goes through that once only.
+            clipped: whether this step's gradients were clipped, as in ``clip_grad_norm_(parameters, 1.0) > 1.0``; given on
+                all ranks or on none. Where most of the measured steps were, the clipping and not the damping says how long
+                steps are, and the damping is left as it is.
 
         Returns:
             What was seen; None where this step wasn't looked at.

@@ -83,7 +83,7 @@ def _refuse_clipped(knob: Knob, look: Look, asked: Questions) -> None:
     state.clipped = look.clipped_share(bool(asked.clipped), state.clipped)
     if state.clipped > 0.5:
         raise NoCalibrationError(
-            f"clipped: {state.clipped:.0%} of the last measured steps had clipped gradients, so that sets their length"
+            f"clipped: {state.clipped:.0%} of the last measured steps had clipped gradients, and that sets their length"
         )
 
 

@@ -22,10 +22,10 @@ def without_momentum(
 ) -> tuple[Tensor, bool]:
     """The move of one parameter for its gradient alone.
 
-    *Heavy ball*, where the weights show that the move is minus the buffer, or with Nesterov's minus ``new + momentum *
-    buffer``: the new part ``buffer - momentum * earlier buffer`` remains, whatever made it of the gradient. *Adam*, where
-    the weights show that the move is minus the mean of gradients times positive factors: these times the gradient remain.
-    That the mean is divided by ``1 - beta1^t`` is taken for granted there. Any other move is left as it is.
+    *Heavy ball*, where the weights show that the move is minus the buffer, or Nesterov's, minus ``new + momentum * buffer``:
+    the new part ``buffer - momentum * earlier buffer`` remains, whatever made it of the gradient. *Adam*, where the weights
+    show that the move is minus the mean of gradients times positive factors: these times the gradient remain. That the mean
+    is divided by ``1 - beta1^t`` is taken for granted there. Any other move is left as it is.
 
     Args:
         move: of the parameter, divided by the learning rate, without weight decay.

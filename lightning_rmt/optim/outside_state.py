@@ -77,8 +77,7 @@ class OutsideState:
             warnings.warn(
                 f"{type(self._optimizer).__name__} keeps tensors in {', '.join(hidden)} and not in its state_dict: a step "
                 "that is undone, or taken again with another damping, leaves them changed. Pass attach(optimizer, "
-                "state=[(get, set)]) with functions that read and set them, or an object with state_dict and "
-                "load_state_dict",
+                "state=[(get, set)]) with functions that read and set them, or an object that has a state_dict",
                 RuntimeWarning,
                 stacklevel=4,
             )
