@@ -73,9 +73,8 @@ def over_time_figure(readings: Sequence[Reading]) -> Figure:
     parts = [{"whole": reading.spectrum, **reading.blocks} for reading in readings]
     axes = figure.add_subplot(1, 2, 1)
     for name, colour in COLOURS.items():
-        axes.plot(
-            steps, [one[name].lambda_max.value for one in parts], "o-", ms=3, lw=1.2, color=colour, label=f"{name}"
-        )
+        style = WIDE if name == "whole" else NARROW
+        axes.plot(steps, [one[name].lambda_max.value for one in parts], "o-", ms=3, color=colour, label=name, **style)
         axes.plot(steps, [-one[name].lambda_min.value for one in parts], "v--", ms=3, color=colour, **style)
     axes.plot([], [], "o-", ms=3, color=FAINT, label="largest")
     axes.plot([], [], "v--", ms=3, color=FAINT, label="minus the smallest")

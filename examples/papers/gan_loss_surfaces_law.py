@@ -226,6 +226,6 @@ def control(claims: Claims, n: int) -> None:
     claims.between(
         "control",
         "W1 of the predicted law from the whole, in floors",
-        misfit(found.law, spectra[0], found.x).relative,
+        misfit(found.law, spectra[0].bulk, found.x).relative,
         high=1.5,
     )

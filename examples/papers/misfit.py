@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_rmt import estimate_spectrum
 from lightning_rmt.laws import Law
 from lightning_rmt.laws.distance import Comparison, comparison, law_distance, resolution_floor
+from lightning_rmt.spectra.bulk import Bulk
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -44,35 +45,70 @@ class Misfit:
         return self.distance / self.floor
 
 
-def misfit(law: Law, spectrum: Spectrum, shift: float = 0.0) -> Misfit:
+def without_largest(spectrum: Spectrum, count: int) -> Bulk:
+    """The spectrum without so many of its largest eigenvalues, whether they were counted as outliers or not.
+
+    Raises:
+        ValueError: fewer are certified.
+    """
+    counted = spectrum.outliers.high.count or 0
+    if counted >= count:
+        return spectrum.bulk
+    if len(spectrum.top) <= count:
+        raise ValueError(f"only {len(spectrum.top)} eigenvalues are certified: take more Lanczos steps")
+    bulk, cut = spectrum.bulk, (spectrum.top[count - 1].value + spectrum.top[count].value) / 2
+    kept = [nodes < cut for nodes in bulk.nodes]
+    weights = [w[k] for w, k in zip(bulk.weights, kept, strict=True)]
+    return replace(
+        bulk,
+        size=bulk.size - (count - counted),
+        nodes=tuple(x[k] for x, k in zip(bulk.nodes, kept, strict=True)),
+        weights=tuple(w / w.sum() for w in weights),
+        random=tuple(r[k] for r, k in zip(bulk.random, kept, strict=True)),
+    )
+
+
+def misfit(law: Law, bulk: Bulk, shift: float = 0.0) -> Misfit:
     """The law beside the bulk, its zeros included whether the law has an atom or not."""
-    bulk = spectrum.bulk
+    floor = resolution_floor(bulk, True, 1.0)
     bulk = replace(bulk, nodes=tuple(nodes + shift for nodes in bulk.nodes))
     nodes, weights = bulk.pooled()
     scale = math.sqrt(float(weights @ (nodes - weights @ nodes) ** 2))
     grid = comparison(law, bulk).x
     at = Comparison(True, np.unique(np.concatenate([grid, nodes, [law.atom_location]])))
-    floor = resolution_floor(spectrum.bulk, True, 1.0)
     return Misfit(law, shift, law_distance(law, bulk, at) / scale, floor / scale)
 
 
+def kolmogorov(levels: np.ndarray, law: Law) -> float:
+    """Largest distance of the distribution functions of eigenvalues and law, the steps at an atom included."""
+    places, counts = np.unique(levels, return_counts=True)
+    after, theirs = np.cumsum(counts) / len(levels), law.cdf(places)
+    before = theirs - law.atom * (places == law.atom_location)
+    return float(max(np.abs(after - theirs).max(), np.abs(after - counts / len(levels) - before).max()))
+
+
 def nearest(
-    make: Callable[..., Law], starts: Sequence[Sequence[float]], spectrum: Spectrum, shifted: bool = False
+    make: Callable[..., Law],
+    starts: Sequence[Sequence[float]],
+    bulk: Bulk,
+    shifted: bool = False,
+    evaluations: int = 350,
 ) -> Misfit:
     """The member of a family nearest to the bulk, from the best of several starts downhill.
 
     Args:
         make: the law with these parameters, a ValueError or an IndexError where there is none.
         starts: parameters.
-        spectrum: the measured spectrum.
+        bulk: the measured bulk.
         shifted: whether the last parameter is a shift of the eigenvalues instead.
+        evaluations: of the distance, at most, after those of the starts.
     """
 
     def at(parameters: Sequence[float]) -> Misfit | None:
         values = [float(value) for value in parameters]
         own, shift = (values[:-1], values[-1]) if shifted else (values, 0.0)
         try:
-            return misfit(make(*own), spectrum, shift)
+            return misfit(make(*own), bulk, shift)
         except (ValueError, IndexError, np.linalg.LinAlgError):
             return None
 
@@ -80,9 +116,10 @@ def nearest(
         found = at(parameters)
         return 1e3 if found is None or not math.isfinite(found.distance) else found.distance
 
-    start = min(starts, key=distance)
-    best = minimize(distance, start, method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-5, "maxfev": 400}).x
-    best = minimize(distance, best, method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-5, "maxfev": 200}).x
+    best = min(starts, key=distance)
+    for share in (0.7, 0.3):  # started afresh, since Nelder and Mead's simplex may collapse
+        options = {"xatol": 1e-3, "fatol": 1e-5, "maxfev": round(share * evaluations)}
+        best = minimize(distance, best, method="Nelder-Mead", options=options).x
     found = at(best)
     if found is None:
         raise ValueError(f"no member of the family can be compared with this bulk, the best of {starts} is at {best}")
