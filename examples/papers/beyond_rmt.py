@@ -75,22 +75,36 @@ class Size:
         batches: of 256 digits, in a curvature.
         widths: of the hidden layer whose zeros are counted.
         samples: for that.
+        passes: over them.
         evaluations: of a distance, for the nearest member of a family.
+        networks: that are trained.
     """
 
     matrix: int = 1000
-    draws: int = 5
+    draws: int = 4
     width: int = 32
     epochs: int = 101
     every: int = 400
     batches: int = 4
-    widths: tuple[int, ...] = (6, 12, 18, 24, 32)
+    widths: tuple[int, ...] = (6, 12, 20, 32)
     samples: int = 400
-    evaluations: int = 350
+    passes: int = 101
+    evaluations: int = 250
+    networks: tuple[str, ...] = ("MLP", "CNN")
 
 
 QUICK = Size(
-    matrix=400, draws=1, width=16, epochs=16, every=120, batches=1, widths=(6, 14), samples=150, evaluations=60
+    matrix=400,
+    draws=1,
+    width=16,
+    epochs=16,
+    every=120,
+    batches=1,
+    widths=(6, 14),
+    samples=150,
+    passes=21,
+    evaluations=30,
+    networks=("MLP",),
 )
 FULL = Size(
     matrix=3000, draws=20, width=256, epochs=1001, every=2000, batches=7, widths=(8, 16, 32, 48, 60), samples=1797
@@ -119,6 +133,9 @@ def cnn(width: int) -> nn.Module:
         *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, first, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(first, second, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * second, 10)),
     )
+
+
+NETWORKS = {"MLP": mlp, "CNN": cnn}
 
 
 def digits() -> TensorDataset:
@@ -251,7 +268,14 @@ def zeros(claims: Claims, size: Size) -> tuple[dict[str, list[np.ndarray]], np.n
             pl.seed_everything(0, verbose=False)
             net = nn.Sequential(nn.Linear(64, width), activation(), nn.Linear(width, 10))
             loader = DataLoader(TensorDataset(images, labels), batch_size=len(images))
-            readings = watch(Classifier(net, 1e-2), loader, 101, every_n_steps=100, levels=["net.0"], lanczos_steps=20)
+            readings = watch(
+                Classifier(net, 1e-2),
+                loader,
+                size.passes,
+                every_n_steps=size.passes - 1,
+                levels=["net.0"],
+                lanczos_steps=20,
+            )
             for when, reading in zip(("first step", "trained"), readings, strict=True):
                 spectra.setdefault(f"{name}, {when}", []).append(np.sort(np.abs(reading.levels[0].eigenvalues[0])))
     shares = {name: np.array([exact_zeros(one) for one in found]) for name, found in spectra.items()}
@@ -309,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     percolated(claims, size.matrix)
     selection(claims, size.draws)
     own_samples(claims, 2 * size.matrix, size.evaluations)
-    networks: Mapping[str, Any] = {"MLP": bulks(claims, size, "MLP", mlp), "CNN": bulks(claims, size, "CNN", cnn)}
+    networks: Mapping[str, Any] = {name: bulks(claims, size, name, NETWORKS[name]) for name in size.networks}
     spectra, predicted = zeros(claims, size)
     for paragraph in SAY:
         claims.say(paragraph)
@@ -332,7 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
         zero_figure(size.widths, predicted, spectra),
         "zeros",
         "The hidden layer's block of 64-h-10. Left: share of exact zeros against the width. Right: share of "
-        "eigenvalues smaller than a multiple of the largest, for the largest width: a plateau down to rounding is an atom, a slope isn't.",
+        "eigenvalues smaller than a multiple of the largest, for the largest width: a plateau down to rounding is an "
+        "atom, a slope isn't.",
     )
     return claims.finish()
 

@@ -68,7 +68,7 @@ def ensemble_figure() -> Figure:
 
 def bulk_figure(networks: Mapping[str, tuple[Reading, Mapping[str, Misfit]]], outliers: int) -> Figure:
     """Survival functions of the positive part."""
-    figure = new_figure(7.2, 3.2)
+    figure = new_figure(7.2, 4.0)
     for place, (name, (reading, fits)) in enumerate(networks.items()):
         axes = figure.add_subplot(1, len(networks), 1 + place)
         nodes, weights = without_largest(reading.spectrum, outliers).pooled()
@@ -80,7 +80,7 @@ def bulk_figure(networks: Mapping[str, tuple[Reading, Mapping[str, Misfit]]], ou
         axes.set(xscale="log", yscale="log", xlabel="eigenvalue", ylim=(0.5 / reading.spectrum.size, 1))
         if place == 0:
             axes.set_ylabel("share beyond")
-        axes.legend(fontsize=6.5, frameon=False, loc="lower left", title="nearest member (floors)", title_fontsize=6.5)
+        axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.2))
         dress(axes)
     figure.tight_layout()
     return figure

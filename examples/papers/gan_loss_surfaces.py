@@ -241,7 +241,14 @@ def near(blocks: Blocks, whole: Bulk, size: Size) -> Misfit:
     """The member of the family nearest to the whole, from the blocks' and from much narrower ones."""
     b, b1 = blocks.law.coupling, blocks.law.block
     starts = [(b * i, b1 * j, blocks.x1, blocks.x) for i, j in ((1, 1), (3, 1), (0.1, 0.1), (0.01, 0.1))]
-    return nearest(lambda *free: BlockSemicircle(blocks.kappa, *free), starts, whole, True, size.evaluations)
+    return nearest(
+        lambda *free: BlockSemicircle(blocks.kappa, *free),
+        starts,
+        whole,
+        spread=0.05 * b1,
+        shifted=True,
+        evaluations=size.evaluations,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

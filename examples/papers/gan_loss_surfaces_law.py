@@ -187,7 +187,13 @@ def split(claims: Claims, n: int, seed: int = 0) -> list[tuple[str, BlockSemicir
         law = BlockSemicircle(kappa, b, b1, x1)
         levels = law.rvs(n, np.random.default_rng(seed))
         cases.append((f"{name}, x₁ = {x1:.2f}", law, levels))
-        claims.near("support", f"largest eigenvalue, {name} (x₁ = {x1:.2f})", levels[-1], law.edges[1], relative=0.02)
+        claims.near(
+            "support",
+            f"largest eigenvalue, {name} (x₁ = {x1:.2f})",
+            levels[-1],
+            law.edges[1],
+            relative=2.5 * n ** (-2 / 3),
+        )
     (_, first), (second, _) = law.support
     claims.near(
         "support",

@@ -91,6 +91,8 @@ def nearest(
     make: Callable[..., Law],
     starts: Sequence[Sequence[float]],
     bulk: Bulk,
+    *,
+    spread: float = 0.2,
     shifted: bool = False,
     evaluations: int = 350,
 ) -> Misfit:
@@ -100,6 +102,7 @@ def nearest(
         make: the law with these parameters, a ValueError or an IndexError where there is none.
         starts: parameters.
         bulk: the measured bulk.
+        spread: how far the first steps go, besides a fifth of each parameter.
         shifted: whether the last parameter is a shift of the eigenvalues instead.
         evaluations: of the distance, at most, after those of the starts.
     """
@@ -116,9 +119,10 @@ def nearest(
         found = at(parameters)
         return 1e3 if found is None or not math.isfinite(found.distance) else found.distance
 
-    best = min(starts, key=distance)
+    best = np.array(min(starts, key=distance))
     for share in (0.7, 0.3):  # started afresh, since Nelder and Mead's simplex may collapse
-        options = {"xatol": 1e-3, "fatol": 1e-5, "maxfev": round(share * evaluations)}
+        corners = np.vstack([best, best + np.diag(0.2 * np.abs(best) + spread)])
+        options = {"fatol": 1e-5, "maxfev": round(share * evaluations), "initial_simplex": corners}
         best = minimize(distance, best, method="Nelder-Mead", options=options).x
     found = at(best)
     if found is None:
