@@ -48,9 +48,11 @@ class Claims:
     def __init__(self, slug: str, title: str, reference: str, about: str, arguments: list[str] | None = None) -> None:
         parser = argparse.ArgumentParser(description=f"{title} ({reference})")
         parser.add_argument("--full", action="store_true", help="the size for a GPU or a patient CPU")
+        parser.add_argument("--quick", action="store_true", help="a small size, for tests")
         parser.add_argument("--out", type=Path, default=Path("docs/papers"), help="folder of the page and its figures")
         options = parser.parse_args(arguments)
         self.full: bool = options.full
+        self.quick: bool = options.quick
         self.out: Path = options.out
         self.out.mkdir(parents=True, exist_ok=True)
         self._slug, self._title, self._reference, self._about = slug, title, reference, about
