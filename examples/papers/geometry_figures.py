@@ -48,8 +48,9 @@ def laws(shown: list[Any]) -> Figure:
     for axis, (law, levels) in zip(axes, shown, strict=True):
         _density(axis, law, levels)
         axis.set_title(rf"{_name(law.phi)}, $\epsilon = {law.energy:g}$", fontsize=9)
+        axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
     axes[0].set_ylabel("density")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=7, frameon=False, loc="upper right")
     return figure
 
 
@@ -99,22 +100,27 @@ def residual(shown: list[Any]) -> Figure:
     for axis, (phi, law, levels) in zip(axes, shown, strict=True):
         _density(axis, law, levels, bins=80)
         axis.set_title(_name(phi), fontsize=9)
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
         axis.set_ylabel("density")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].legend(fontsize=7, frameon=False, loc="upper right")
     return figure
 
 
-def freeness(true: Any, rotated: Any, commuting: Any) -> Figure:
-    figure, axis = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
-    for levels, name, colour, style in (
-        (true, r"$H_0 + H_1$", "k", "-"),
-        (rotated, r"$H_0 + Q H_1 Q'$", COLOURS[0], "--"),
-        (commuting, "commuting parts", COLOURS[1], ":"),
-    ):
-        axis.plot(
-            np.sort(levels), (np.arange(len(levels)) + 0.5) / len(levels), style, lw=1.3, color=colour, label=name
-        )
-    low, high = np.quantile(np.concatenate([true, rotated]), (0.001, 0.97))
-    axis.set(xlabel="eigenvalue", ylabel="share at or below", xlim=(low, high), ylim=(0, 1))
-    axis.legend(fontsize=7, frameon=False)
+def freeness(shown: list[Any]) -> Figure:
+    figure, axes = _panels(len(shown), 2.8)
+    for axis, (stage, energy, one) in zip(axes, shown, strict=True):
+        x = np.linspace(*np.quantile(one.true, (0.0, 0.95)) * 1.05, 800)
+        base = np.searchsorted(one.true, x, side="right") / len(one.true)
+        for levels, name, colour, style in (
+            (one.rotated, r"$H_0 + Q H_1 Q'$", COLOURS[0], "-"),
+            (one.commuting, "commuting parts", COLOURS[1], "--"),
+            (one.alone, "$H_0$ alone", COLOURS[2], ":"),
+        ):
+            difference = np.searchsorted(levels, x, side="right") / len(levels) - base
+            axis.plot(x, difference, style, lw=1.0, color=colour, label=name)
+        axis.axhline(0, color="k", lw=0.5)
+        axis.set_title(rf"{stage}, $\epsilon = {energy:.2f}$", fontsize=9)
+        axis.set_xlabel("eigenvalue")
+    axes[0].set_ylabel("difference of\ndistribution functions")
+    axes[0].legend(fontsize=7, frameon=False)
     return figure

@@ -23,8 +23,12 @@ from torch.utils.data import DataLoader
 
 from lightning_rmt import GaussNewton, Hessian, Reading, SpectrumMonitor
 
+#: n0, n1 and n2 of the paper's tanh networks.
+WIDTH = 16
 #: The damping of the search for critical points: where it starts, and its factor after a good step and after a bad one.
 DAMPING, DOWN, UP = 1e-2, 1 / 4, 4.0
+#: A step is solved for once its residual has fallen so far.
+SOLVED = 1e-10
 Data = tuple[Tensor, Tensor]
 
 
@@ -221,14 +225,15 @@ def find_critical_points(networks: Networks, data: Data, outer: int, inner: int)
     for _ in range(outer):
         d, r = torch.zeros_like(g), -g
         s = p = times_h(r)
-        old = _squared(s)
+        first = old = _squared(s)
         for _ in range(inner):
             q = times_h(p)
-            step = old / (_squared(q) + mu * _squared(p) + tiny)
+            solved = old <= SOLVED**2 * first  # further steps would be rounding's
+            step = torch.where(solved, 0, old / (_squared(q) + mu * _squared(p) + tiny))
             d, r = d + step * p, r - step * q
             s = times_h(r) - mu * d
             new = _squared(s)
-            p, old = s + new / (old + tiny) * p, new
+            p, old = torch.where(solved, p, s + new / (old + tiny) * p), torch.where(solved, old, new)
         products += H.products
         networks.put(weights + d)
         there = networks.rows(networks.hessian(data).gradient)

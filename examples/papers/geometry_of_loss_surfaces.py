@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from fractions import Fraction
 
+import geometry_energies as energies_of
 import geometry_figures as figures
 import geometry_laws as laws
 import geometry_relu as relu
@@ -18,15 +19,36 @@ import numpy as np
 import torch
 from claims import Claims, number
 from geometry_index import fit_index, ks, law_exponent
-from geometry_networks import Networks, Search, find_critical_points, train
+from geometry_networks import WIDTH, Networks, Search, find_critical_points, train
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from lightning_rmt import Reading
 from lightning_rmt.laws import NoFitError, WishartPlusWigner
 
-#: Memorisation energies of theory.md 9.13.
-MEMORISED = {1 / 4: 0.259, 1 / 2: 0.118}
+TEXT = (
+    "**The laws hold, the networks are not like them.** Equations (18) to (33) are met to their digits by simulated "
+    "matrices. Trained tanh networks have far more eigenvalues near zero than (18), and half as many negative ones "
+    "or fewer at the same energy; (21) has the index leave zero at energies many times too small. The paper says "
+    "itself that its eps_c is near (1 - phi)^2 / 2 instead.",
+    "**The exponent 3/2 can't be seen at 512 parameters.** It is the limit at the threshold. Where (18) itself has "
+    "come to an index of .15, the same fit gives it an exponent of .55 to .75, and a tenth above eps_c it has about "
+    "one negative eigenvalue of 512. The networks' exponents over the stated windows are as low where they are well "
+    "determined; eps_c with 3/2 imposed lies below (1 - phi)^2 / 2, with a free exponent on it. Errors are standard "
+    "deviations over resampled networks. The energies are those of one network each: its eigenvalues repel, so that "
+    "a binomial error would be wrong.",
+    "**The points found are not critical to the paper's 1e-6.** The gradient that is left lies along eigenvectors "
+    "with all but zero eigenvalues, as Frye et al. (Neural Computation 33, 2021) found for such searches; ten times "
+    "more products take J_g ten times lower, not to zero. The index counts these small eigenvalues: compare the row "
+    "with a threshold.",
+    "**Memorisation.** (1 - phi)^2 / 2 describes what 600 steps of Adam reach to within .02, not within the errors; "
+    "more steps reach less. The formula for linear networks holds with phi counted by the n^2 parameters of the "
+    "linear map.",
+    "**Freeness.** A rotated H1 gives nearly the same spectrum, nearer than commuting parts do, but the difference "
+    "is several times that between two rotations, and the first alternating moment is not zero.",
+    "Left out: the gap of H0 against 1/phi. Changed: digits of 4 x 4 pixels for CIFAR images; tens of networks for "
+    "50 000.",
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +67,6 @@ class Size:
 DEFAULT = Size({1 / 16: 6, 1 / 8: 10, 1 / 4: 24, 1 / 2: 24, 2 / 3: 24}, 600, 16, 50)
 QUICK = Size({1 / 2: 8}, 500, 2, 20, matrix=400, autoencoders=2, repeats=40)
 FULL = Size(dict.fromkeys((1 / 16, 1 / 8, 1 / 4, 1 / 2, 2 / 3), 200), 3000, 150, 100)
-WIDTH = 16  # n0 = n1 = n2 of the paper's tanh networks
 #: Networks whose tensors are gone through together: all of them on a GPU, few enough for the cache on a CPU.
 SAMPLES_TOGETHER = 2048
 
@@ -66,12 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
     laws.density(claims, size.matrix)
     laws.threshold(claims)
     laws.refined(claims)
-    laws.fit(claims, 1200)
+    laws.fit(claims, size.matrix)
     found = {phi: networks(claims, size, phi) for phi in size.networks}
     index_against_energy(claims, size, found)
-    memorisation(claims, size, found)
+    energies_of.linear_saddles(claims)
+    energies_of.memorisation(claims, {phi: one.memorised for phi, one in found.items()}, size.repeats)
     relu.residual_part(claims, claims.quick)
     relu.freeness(claims, size.autoencoders, size.steps // 2)
+    for paragraph in TEXT:
+        claims.say(paragraph)
     return claims.finish()
 
 
@@ -171,7 +195,7 @@ def index_against_energy(claims: Claims, size: Size, found: dict[float, Found]) 
                 f"eps_c, exponent free, phi {share}",
                 fitted.free_critical,
                 law_value,
-                within=0.05,
+                within=3 * fitted.free_error,
                 stderr=fitted.free_error,
             )
             claims.show(
@@ -191,6 +215,10 @@ def index_against_energy(claims: Claims, size: Size, found: dict[float, Found]) 
             f"{z:.1f} (root mean square)",
             z > 2.5,
         )
+    moved = np.concatenate([one.search.energies - one.start for one in found.values()])
+    claims.show(
+        "5.5", "energy, change by the search", "", f"median {np.median(moved):+.4f}, most {np.abs(moved).max():.4f}"
+    )
     below = np.concatenate([one.search.gradients for one in found.values()])
     flat = np.concatenate([one.search.flatness for one in found.values()])
     claims.negative(
@@ -219,64 +247,6 @@ def index_against_energy(claims: Claims, size: Size, found: dict[float, Found]) 
         "index",
         "Index against energy, one point a network. Curves: fits up to index 0.15, with exponent 3/2 (solid) and a free "
         "one (dashed). Crosses: (1 - phi)^2 / 2.",
-    )
-
-
-def memorisation(claims: Claims, size: Size, found: dict[float, Found]) -> None:
-    """Section 5: the energy that training reaches, against (1 - phi)^2 / 2; linear networks against (1 - phi) / 2."""
-    points = []
-    for phi, one in found.items():
-        share, law = Fraction(phi).limit_denominator(20), (1 - phi) ** 2 / 2
-        mean, error = float(one.memorised.mean()), float(one.memorised.std(ddof=1) / np.sqrt(len(one.memorised)))
-        if phi in MEMORISED:
-            claims.near(
-                "5.5",
-                f"memorisation energy, phi {share}",
-                mean,
-                MEMORISED[phi],
-                within=0.02,
-                stderr=error,
-                source="earlier runs",
-            )
-        claims.near(
-            "5.5", f"memorisation energy against (1 - phi)^2 / 2, phi {share}", mean, law, within=0.025, stderr=error
-        )
-        points.append((phi, mean, error))
-    z = [(mean - (1 - phi) ** 2 / 2) / error for phi, mean, error in points]
-    if len(z) > 1:
-        claims.negative(
-            "5.5",
-            "(1 - phi)^2 / 2 within the errors, all phi",
-            "0 standard errors",
-            " ".join(f"{v:+.1f}" for v in z),
-            max(map(abs, z)) > 4,
-        )
-    random, phi = np.random.default_rng(2), 1 / 4
-    samples, left = round(2 * WIDTH / phi), []
-    for _ in range(size.repeats):
-        x, y = random.standard_normal((2, samples, WIDTH))
-        left.append(np.square(y - x @ np.linalg.lstsq(x, y, rcond=None)[0]).mean() / 2)
-    mean, error = float(np.mean(left)), float(np.std(left, ddof=1) / np.sqrt(len(left)))
-    claims.negative(
-        "5.5",
-        "energy of a linear network, least squares, phi 1/4",
-        f"(1 - phi) / 2 = {(1 - phi) / 2:.4g}",
-        number(mean, error),
-        abs(mean - (1 - phi) / 2) > 5 * error,
-    )
-    claims.near(
-        "5.5",
-        "the same, a linear map having n^2 parameters",
-        mean,
-        (1 - phi / 2) / 2,
-        within=4 * error,
-        stderr=error,
-        source=laws.NOTES,
-    )
-    claims.figure(
-        figures.memorisation(points),
-        "memorisation",
-        "Energy after training (points; errors are below their size) against phi.",
     )
 
 
