@@ -64,7 +64,7 @@ class Size:
     repeats: int = 200
 
 
-DEFAULT = Size({1 / 16: 6, 1 / 8: 10, 1 / 4: 24, 1 / 2: 24, 2 / 3: 24}, 600, 16, 50)
+DEFAULT = Size({1 / 16: 8, 1 / 8: 16, 1 / 4: 32, 1 / 2: 32, 2 / 3: 32}, 600, 16, 50)
 QUICK = Size({1 / 2: 8}, 500, 2, 20, matrix=400, autoencoders=2, repeats=40)
 FULL = Size(dict.fromkeys((1 / 16, 1 / 8, 1 / 4, 1 / 2, 2 / 3), 200), 3000, 150, 100)
 #: Networks whose tensors are gone through together: all of them on a GPU, few enough for the cache on a CPU.
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     energies_of.linear_saddles(claims)
     energies_of.memorisation(claims, {phi: one.memorised for phi, one in found.items()}, size.repeats)
     relu.residual_part(claims, claims.quick)
-    relu.freeness(claims, size.autoencoders, size.steps // 2)
+    relu.freeness(claims, size.autoencoders, (30,) if claims.quick else (30, 300))
     for paragraph in TEXT:
         claims.say(paragraph)
     return claims.finish()

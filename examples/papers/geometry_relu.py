@@ -57,17 +57,17 @@ def residual_part(claims: Claims, quick: bool) -> None:
     )
 
 
-def freeness(claims: Claims, count: int, steps: int) -> None:
+def freeness(claims: Claims, count: int, stages: tuple[int, ...]) -> None:
     """Section 4: H0 + H1 and H0 + Q H1 Q' for Haar Q, at ReLU autoencoders of 150 images of 4 x 4 pixels.
 
-    At the end of training the errors are small, and so is H1: then H0 alone is as near. So also after a tenth of the steps.
+    At the end of training the errors are small, and so is H1: then H0 alone is as near. So also early on.
     """
     images = load_digits().images.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
     chosen = np.random.default_rng(5).choice(len(images), 150, replace=False)
     white = np.linalg.svd(images[chosen] - images[chosen].mean(axis=0), full_matrices=False)[0] * np.sqrt(len(chosen))
     x = torch.tensor(white.T).expand(count, -1, -1).contiguous()
     shown = []
-    for stage, upto in (("early", steps // 10), ("trained", steps)):
+    for stage, upto in zip(("early", "trained"), stages, strict=False):
         module = Networks((x, x), 20, torch.relu, seed=6)
         train(module, (x, x), upto, watch=False)
         H, H0 = module.dense(module.hessian((x, x))), module.dense(module.gauss_newton((x, x)))
