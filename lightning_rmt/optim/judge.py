@@ -81,7 +81,7 @@ def _refuse_clipped(knob: Knob, look: Look, asked: Questions) -> None:
         return
     state = knob.state
     state.clipped = look.clipped_share(bool(asked.clipped), state.clipped)
-    if state.clipped > 0.5:
+    if state.clipped > 0.5 and knob.controls:
         raise NoCalibrationError(
             f"clipped: {state.clipped:.0%} of the last measured steps had clipped gradients, and that sets their length"
         )
@@ -95,7 +95,10 @@ def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:
 def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     """The ratio, and the damping that follows."""
     settings, damping, ratio = knob.settings, knob.damping, _ratio(knob, look, asked)
-    factor = change(ratio.value, settings.max_change, settings.deadband, FALL if knob.controls else 1.0)
+    # down from a start that nobody has measured it is as fast as up
+    knob.state.settled = knob.state.settled or abs(ratio.value) >= settings.deadband[0]
+    slowly = FALL if knob.controls and knob.state.settled else 1.0
+    factor = change(ratio.value, settings.max_change, settings.deadband, slowly)
     return ratio, smoothed(damping, damping * factor, settings.ema)
 
 
@@ -123,8 +126,6 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
         if knob.state.damping != start:
             _retake(knob, look, asked.retake, start)
         raise
-    finally:
-        knob.state.first_products = 0
 
 
 def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callable[[], Any]) -> tuple[Ratio, float]:
@@ -154,6 +155,7 @@ def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callab
             _retake(knob, look, retake, knob.within(damping))
             tried.insert(0, (state.damping, _ratio(knob, look, asked)))
         _retake(knob, look, retake, top)
+    state.first_products = 0
     if all(-1 <= ratio.value <= 0 for _, ratio in tried):
         raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
     (first, one), *others = tried
@@ -162,6 +164,7 @@ def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callab
             f"the step is the same with a damping of {first:.3g} and {others[-1][0]:.3g}: the optimizer doesn't use this "
             "number, or only every so many steps"
         )
+    state.settled = True
     return tried[-1][1], state.damping
 
 

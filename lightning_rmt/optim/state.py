@@ -31,6 +31,7 @@ class ControllerState:
         noise_free: whether it came with no noise to speak of.
         suggested: whether a suggestion was made already.
         guarded_until: steps up to which every one is guarded.
+        settled: whether the damping was right, or too small, once: from there on it falls slowly.
         clipped: share of clipped steps among the last measured ones, None where nobody said.
     """
 
@@ -49,6 +50,7 @@ class ControllerState:
     noise_free: bool = False
     suggested: bool = False
     guarded_until: int = 0
+    settled: bool = False
     clipped: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
