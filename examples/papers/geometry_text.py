@@ -25,8 +25,8 @@ TEXT = (
     "known saddles to rounding. At tanh networks the gradient that is left lies along eigenvectors with small "
     "eigenvalues, as Frye et al. (Neural Computation 33, 2021) describe for such searches. With 8 units, phi 1/2 "
     "and 24 networks, some 41 000 products brought one of 24 below 1e-6, changing energies by at most .010 and "
-    "indices by .025 (not part of this script). So these are approximate critical points, and small eigenvalues count in the index: "
-    "compare the row with a threshold.",
+    "indices by .025 (not part of this script). So these are approximate critical points, and small eigenvalues count "
+    "in the index: compare the row with a threshold.",
     "**Memorisation.** (1 - phi)^2 / 2 describes what 600 steps of Adam reach to within .02, not within the errors. "
     "At phi 2/3, .02 is a third of the value. The formula for linear networks holds with phi counted by the n^2 "
     "parameters of the linear map.",
