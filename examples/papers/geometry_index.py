@@ -72,6 +72,22 @@ def law_exponent(phi: float, window: tuple[float, float]) -> float:
     return _fit(energies, np.array([WishartPlusWigner(phi, eps).index for eps in energies]), EXPONENTS)[0]
 
 
+def index_bounds(nodes: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """Between which shares of negative eigenvalues a quadrature leaves open (Chebyshev, Markov, Stieltjes).
+
+    For a start vector, the mass below 0 lies between the weight of the negative nodes without the last one and that weight
+    with the first positive node's; the means over start vectors are taken. How much a start vector's mass differs from the
+    share of eigenvalues is not in it.
+    """
+    bounds = []
+    for x, w in zip(nodes, weights, strict=True):
+        order = np.argsort(x)
+        below, upto = int((x < 0).sum()), np.append(0.0, np.cumsum(w[order]))
+        bounds.append((upto[max(below - 1, 0)], upto[min(below + 1, len(w))]))
+    low, high = np.mean(bounds, axis=0)
+    return float(low), float(high)
+
+
 def ks(law: Law, eigenvalues: NDArray[np.float64]) -> float:
     """Largest distance between the law's and the eigenvalues' distribution function."""
     levels = np.sort(eigenvalues)

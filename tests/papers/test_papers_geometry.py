@@ -86,6 +86,28 @@ def test_index_fit_finds_exponent_and_threshold(exponent):
     assert (abs(fitted.critical - 0.2) < 0.01) == (exponent == 1.5)
 
 
+def test_index_bounds_hold_the_share_of_a_start_vector():
+    from geometry_index import index_bounds
+
+    random = np.random.default_rng(7)
+    levels, start = random.standard_normal(200) + 0.5, random.standard_normal(200) ** 2
+    start /= start.sum()
+    # Gauss quadrature of six nodes from the moments' Jacobi matrix (Lanczos in the eigenbasis)
+    q, T = [np.sqrt(start)], np.zeros((6, 6))
+    for k in range(6):
+        w = levels * q[k]
+        T[k, k] = q[k] @ w
+        w -= sum((v @ w) * v for v in q)
+        w -= sum((v @ w) * v for v in q)
+        if k < 5:
+            T[k, k + 1] = T[k + 1, k] = np.linalg.norm(w)
+            q.append(w / np.linalg.norm(w))
+    nodes, vectors = np.linalg.eigh(T)
+    low, high = index_bounds(nodes[None], vectors[:1] ** 2)
+    assert low < start[levels < 0].sum() < high
+    assert 0 < low < high < 1
+
+
 @pytest.mark.slow
 def test_the_script_holds_at_its_small_size(tmp_path, capsys):
     import geometry_of_loss_surfaces as paper
