@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw_run(readings: Sequence[Reading], folder: Path, file_format: str, every: int | None) -> list[Path]:
-    """Draws one monitor's run into ``folder`` and returns the files: a few spectra, the pictures over time, and the last outlier map.
+    """Draws one monitor's run into ``folder`` and returns the files: spectra, the pictures over time, the last outlier map.
 
     Args:
         readings: sorted by step, at least one.

@@ -23,9 +23,8 @@ COLOURS = (style.BULK, style.OUTLIER, style.ATOM, style.LIMIT, "#8C6D00")
 def batch_law_figure(reading: Reading) -> Figure:
     """Outliers against batch size, both logarithmic, with the fitted map and the isotropic prediction from the same theta.
 
-    Small dots are single batches, large ones their means with the standard errors over groups of samples. The open square is
-    the eigenvalue on all of the samples, which no fit has seen. A straight line would be a power law of the eigenvalue itself;
-    the map levels off at theta instead.
+    Small dots are single batches, large ones their means with the standard errors over groups of samples. The open square
+    is the eigenvalue on all of the samples, which no fit has seen.
 
     Raises:
         ValueError: the reading has no fit.
@@ -96,12 +95,12 @@ def _write(figure: Figure, axes: Axes, reading: Reading, law: BatchLaw) -> None:
     title = f"{reading.name}, step {reading.step}: outliers on growing batches"
     figure.text(0.115, 0.95, title, size=style.TITLE_SIZE, color=style.INK)
     figure.text(0.115, 0.9, typeset(f"largest: {', '.join(words)}"), size=style.LEGEND_SIZE, color=style.INK)
-    ink = {"color": style.INK}
+    ink = style.INK
     handles = [
-        Line2D([], [], marker="o", markersize=5, linestyle="none", label="mean of batches", **ink),
-        Line2D([], [], linewidth=1.3, label="outlier map, fitted", **ink),
-        Line2D([], [], linewidth=1.1, linestyle=(0, (4, 1.5)), label="isotropic noise", **ink),
-        Line2D([], [], marker="s", color="white", markeredgecolor=style.INK, linestyle="none", label="all samples"),
+        Line2D([], [], marker="o", markersize=5, linestyle="none", label="mean of batches", color=ink),
+        Line2D([], [], linewidth=1.3, label="outlier map, fitted", color=ink),
+        Line2D([], [], linewidth=1.1, linestyle=(0, (4, 1.5)), label="isotropic noise", color=ink),
+        Line2D([], [], marker="s", color="white", markeredgecolor=ink, linestyle="none", label="all samples"),
     ]
     if law.sample_noise is None:
         del handles[2]

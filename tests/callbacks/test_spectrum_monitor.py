@@ -195,6 +195,16 @@ def test_the_first_probe_is_announced_with_its_cost(tmp_path, caplog):
     )
 
 
+def test_the_announcement_counts_the_outlier_maps_products(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(monitor(batch_law_every=3, noise=False), tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records if "first probe" in record.getMessage()]
+    steps = monitor().lanczos_steps
+    assert f"at most {steps + 4 * steps} products" in line  # four batch sizes, each with all samples
+    assert "more where products take as long on few samples" in line
+    assert "noise's vectors" not in line
+
+
 def test_state_is_plain(tmp_path):
     watch = monitor()
     fit(watch, tmp_path)

@@ -1,4 +1,4 @@
-"""The outlier map under a Trainer: eigenvalues of parts of the batches, a law that was put in, and words where there is none."""
+"""The outlier map under a Trainer: eigenvalues of parts of the batches, a law that was put in, words where there is none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from harness import Case, differences, train
 from level_modules import CASE, monitor, spied
-from live_models import Classifier, vectors
+from live_models import Classifier, Metered, cnn, images, vectors
 from several_ranks import on_two_ranks
 from test_bitwise_distributed import ddp
 from test_curvature_noise import dense
@@ -48,7 +48,7 @@ def watcher(**options: Any) -> Any:
     return monitor(**{"levels": None, "lanczos_steps": 60, "noise": False, "batch_law_every": 1, **options})
 
 
-# --- which samples --------------------------------------------------------------------------------------------------------
+# --- which samples ------------------------------------------------------------------------------------------------------
 
 
 def captured(*sizes: int) -> list[CapturedBatch]:
@@ -77,7 +77,7 @@ def test_groups_share_no_samples_and_hold_their_halves(sizes):
     for group, own in whole.items():
         for step in range(1, halvings + 1):
             halves = [samples_of(part) for part in parts if (part.group, part.halvings) == (group, step)]
-            assert sum(halves, []) == own
+            assert [x for half in halves for x in half] == own
 
 
 def test_batches_that_fit_are_not_cut():
@@ -98,7 +98,7 @@ def test_too_few_samples(sizes):
         live_law._nested(captured(*sizes), int)
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,25 @@ def test_a_schedule_expects_its_share_of_a_fit():
     assert not Turns(None).due(0)
 
 
-# --- where there is none ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("dropout, torchmetrics", Metered, many),
+        Case("batch norm", lambda: Classifier(cnn()), lambda: images(32)),  # of single samples there is no variance
+    ],
+    ids=str,
+)
+def test_training_is_the_same(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(live_law, "MOST_STEPS", 4)
+    ran: list[int] = []
+    largest = live_law._largest
+    monkeypatch.setattr(live_law, "_largest", lambda *arguments: ran.append(1) or largest(*arguments))
+    watch = watcher(every_n_steps=100)
+    assert differences(train(case, tmp_path, watch), train(case, tmp_path)) == []
+    assert len(ran) == 28
+
+
+# --- where there is none --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +278,7 @@ def test_bad_values(every):
         watcher(batch_law_every=every)
 
 
-# --- two ranks --------------------------------------------------------------------------------------------------------------
+# --- two ranks ------------------------------------------------------------------------------------------------------------
 
 
 def no_memory(*_: Any, **__: Any) -> Any:
@@ -269,6 +287,7 @@ def no_memory(*_: Any, **__: Any) -> Any:
 
 def on_this_rank(case: Case, directory: Path) -> dict[str, Any]:
     """A law, and then one rank that runs out of memory for one of its batches, or in one of its products."""
+    live_law.MOST_OUTLIERS = 1  # takes half the products
     control = train(case, directory)
     watch = watcher(every_n_steps=100)
     seen: dict[str, Any] = {"differences": [differences(train(case, directory, watch), control)], "notes": []}

@@ -40,7 +40,7 @@ def test_the_jackknife_over_groups_gives_the_errors_of_repeated_measurements():
         assert abs(means.mean() - truth) < 3.5 * means.std() / 60**0.5
         assert np.mean(errors**2) ** 0.5 == pytest.approx(means.std(), rel=0.25)
     # what all sizes have in common moves theta, not alpha; rows on their own see it in both
-    sizes, groups, levels = nested(0)
+    sizes, _, levels = nested(0)
     assert outlier_batch_fit(sizes, levels, bulk_mean=0.0).alpha.stderr > 2 * fits[0].alpha.stderr
     r_squared = np.array([fit.r_squared for fit in fits])
     assert r_squared.min() > 0.9  # of the means, whatever single batches scatter
@@ -69,7 +69,10 @@ def test_groups_are_one_per_row():
         outlier_batch_fit(sizes, levels, groups=groups[1:])
 
 
-def law(noise=Estimate(4.0, 0.2)):
+NOISE = Estimate(4.0, 0.2)
+
+
+def law(noise=NOISE):
     sizes, groups, levels = nested(0)
     return BatchLaw(sizes, np.hstack([levels, levels / 2]), groups.astype(np.int64), 4000.0, 0.1, noise, 75.0)
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lightning_rmt.krylov.lanczos import lanczos, rounding_noise, start_vector
+from lightning_rmt.local_law import BatchLaw
 from lightning_rmt.reading import Reading
+from lightning_rmt.spectra.moments import Estimate
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -131,6 +133,18 @@ def reading_of():
         return make_reading(diagonal_spectrum(eigenvalues, steps), **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def law():
+    """Two outliers on four groups of nested batches, with the noise of a single sample known."""
+    rng, rows = np.random.default_rng(0), []
+    for group in range(4):
+        for size in (64, 32, 32, 16, 16, 16, 16):
+            scale = size**-0.5
+            rows.append((size, group, *(theta + 40 / theta / size + scale * rng.normal() for theta in (10.4, 9.6))))
+    sizes, groups, *levels = np.array(rows).T
+    return BatchLaw(sizes, np.stack(levels, axis=1), groups.astype(int), 5000.0, 0.0, Estimate(1.5, 0.1), 70.0)
 
 
 def make_reading(spectrum, **changes):

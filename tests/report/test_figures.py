@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+from lightning_rmt.report.batch_law_figure import batch_law_figure
 from lightning_rmt.report.cumulant_figure import free_cumulant_figure
 from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure, pixels, spectrum_figure
 from lightning_rmt.report.history import HistoryEntry
@@ -298,3 +299,26 @@ def test_free_cumulants_show_where_the_bulk_is_with_its_errors(known):
     assert container.has_yerr
     ((x, y), _) = axes.collections[-1].get_offsets()
     assert (x, y) == pytest.approx((0, 0), abs=0.1)
+
+
+def test_growing_batches_are_drawn_with_the_map_and_the_isotropic_prediction(known, law):
+    reading = replace(known("trained"), batch_law=law)
+    figure = batch_law_figure(reading)
+    assert_readable(figure)
+    axes = figure.axes[0]
+    lines = {line.get_linestyle(): line for line in axes.get_lines() if len(line.get_xdata()) == 200}
+    x = lines["-"].get_xdata()
+    np.testing.assert_allclose(lines["-"].get_ydata(), law.fits[-1].predict(x)[:, 0])
+    np.testing.assert_allclose(lines["--"].get_ydata(), law.isotropic(1, x))
+    squares = [line for line in axes.get_lines() if line.get_marker() == "s"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in squares] == [
+        (reading.samples, pytest.approx(level.value)) for level in reading.spectrum.top[:2]
+    ]
+    sizes, means, _ = law.means()
+    drawn = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    np.testing.assert_allclose(drawn[0].get_xdata(), sizes)
+    np.testing.assert_allclose(drawn[0].get_ydata(), means[:, 0])
+    no_noise = batch_law_figure(replace(reading, batch_law=replace(law, sample_noise=None)))
+    assert not [line for line in no_noise.axes[0].get_lines() if line.get_linestyle() == "--"]
+    with pytest.raises(ValueError, match="no fit of the outlier map"):
+        batch_law_figure(known("trained"))

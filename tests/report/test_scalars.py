@@ -8,6 +8,7 @@ import pytest
 
 from lightning_rmt.laws.ranking import QUICK
 from lightning_rmt.levels.block import BlockLevels
+from lightning_rmt.local_law import NoiseScale
 from lightning_rmt.report.scalars import caveats, refusals, scalars, split, verdicts
 from lightning_rmt.report.wording import law_tag
 
@@ -193,6 +194,51 @@ def test_groups_of_parameters_have_their_own_numbers(known):
     assert got["rmt/blocks/encoder/trace_stderr"] > 0
     assert got["rmt/blocks/encoder/outliers_high"] == 0
     assert got["rmt/lambda_max"] != got["rmt/blocks/encoder/lambda_max"]
+
+
+NOISE = NoiseScale(0.05, 0.004, 256.0, 12.0, 4.0, anisotropy_stderr=2.0, along=0.1)
+
+
+def test_what_the_local_law_says_has_errors(known):
+    reading = replace(known("trained"), noise=NOISE, curvature_noise=NOISE)
+    got = scalars(reading)
+    assert got["rmt/noise_scale_stderr"] == 0.004
+    assert got["rmt/noise_edge_stderr"] == 0.008
+    assert got["rmt/anisotropy_stderr"] == 2.0
+    assert got["rmt/damping/local_law"] == reading.local_law_damping()
+    assert got["rmt/cleaned/1_stderr"] == reading.cleaned_outliers.stderr[0] > 0.1
+    tag = "rmt/damping/local_law_stderr"
+    assert tag in got or "bulk's edge" in refusals(reading)[tag]
+    unknown = replace(NOISE, stderr=None)
+    without = replace(reading, noise=unknown, curvature_noise=unknown)
+    assert "rmt/cleaned/1" in scalars(without)
+    assert "rmt/cleaned/1_stderr" not in scalars(without)
+
+
+def test_the_dampings_error(reading_of):
+    wide = reading_of(np.concatenate([np.linspace(0, 3, 497), [8.0, 12.0, 20.0]]), noise=NOISE, curvature_noise=NOISE)
+    noisy = replace(NOISE, mean=0.5, stderr=0.04)
+    reading = replace(wide, noise=noisy, curvature_noise=noisy)
+    error = scalars(reading)["rmt/damping/local_law_stderr"]
+    moved = replace(reading, noise=replace(noisy, mean=0.54), curvature_noise=replace(noisy, mean=0.54))
+    assert error >= 0.9 * (moved.local_law_damping() - reading.local_law_damping()) > 0
+
+
+def test_the_outlier_map_by_outlier(known, law):
+    got = scalars(replace(known("trained"), batch_law=law))
+    fit = law.fits[1]
+    assert got["rmt/batch_law/2/theta"] == fit.theta[0].mean
+    assert got["rmt/batch_law/2/theta_stderr"] == fit.theta[0].stderr
+    assert got["rmt/batch_law/2/alpha"] == fit.alpha.mean
+    assert got["rmt/batch_law/2/exponent"] == fit.exponent.mean
+    assert got["rmt/batch_law/2/r_squared"] == fit.r_squared
+    assert got["rmt/batch_law/2/anisotropy"] == fit.anisotropy.mean
+    flat = replace(law, eigenvalues=4.0 + 0.05 * np.log(law.batch_sizes)[:, None], sample_noise=None)
+    reading = replace(known("trained"), batch_law=flat)
+    for tag, words in (("exponent", "doesn't tell it"), ("anisotropy", "wasn't measured")):
+        assert f"rmt/batch_law/1/{tag}" not in scalars(reading)
+        assert f"rmt/batch_law/1/{tag}_stderr" not in scalars(reading)
+        assert words in refusals(reading)[f"rmt/batch_law/1/{tag}"]
 
 
 def test_a_light_reading_means_nothing_more_than_its_eigenvalues(known):
