@@ -1,5 +1,6 @@
 # make demo: set everything up and watch a small network's spectrum; make test: set everything up and run the tests.
 # make papers: set everything up, reproduce the papers and write docs/papers.md, some ten minutes.
+# make docs: set everything up and build the documentation in site/, strictly.
 # make bench: set everything up, compare with other libraries and time the fence, by hand (benchmarks/README.md).
 # Needs Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CURVLINOPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt curvli
 # One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo papers test lint bench clean
+.PHONY: demo papers test lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(BENCH_VENV)/.installed: pyproject.toml benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	echo '*' > $(BENCH_VENV)/.gitignore
@@ -51,4 +55,4 @@ bench: $(BENCH_VENV)/.installed $(VENV)/.installed
 	$(THREADS) $(BIN)/python benchmarks/fence.py
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) demo_output lightning_logs
+	rm -rf $(VENV) $(BENCH_VENV) demo_output lightning_logs site

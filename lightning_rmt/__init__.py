@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_rmt.callbacks.kronecker_diagnostics import KroneckerDiagnostics as KroneckerDiagnostics
     from lightning_rmt.callbacks.local_law_damping import LocalLawDamping as LocalLawDamping
     from lightning_rmt.callbacks.spectrum_monitor import SpectrumMonitor as SpectrumMonitor
+    from lightning_rmt.curvature.finite_difference import FiniteDifferenceHessian as FiniteDifferenceHessian
     from lightning_rmt.curvature.gauss_newton import GaussNewton as GaussNewton
     from lightning_rmt.curvature.gradient_covariance import GradientCovariance as GradientCovariance
     from lightning_rmt.curvature.hessian import Hessian as Hessian
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from lightning_rmt.optim.spectral_preconditioner import SpectralPreconditioner as SpectralPreconditioner
     from lightning_rmt.probe import estimate_spectrum as estimate_spectrum
     from lightning_rmt.reading import Reading as Reading
+    from lightning_rmt.spectra.levels import Level as Level
+    from lightning_rmt.spectra.moments import Estimate as Estimate
     from lightning_rmt.spectra.spectrum import Spectrum as Spectrum
 
 __version__ = "0.1.0"
