@@ -65,7 +65,7 @@ class PercolatedWishart(Law):
         return np.sort(np.concatenate([np.zeros(size - kept), self.kept.rvs(kept, rng)]))
 
 
-# --- theory.md 4.1 to 4.3: atoms and densities (section 9, item 14) --------------------------------------------------
+# --- atoms and densities ----------------------------------------------------------------------------------------------
 
 
 def products(claims: Claims, seed: int = 0) -> None:
@@ -80,9 +80,7 @@ def products(claims: Claims, seed: int = 0) -> None:
         told = f"product Wishart {dims[0]} x {dims[1]} x {dims[2]}"
         claims.near("products", f"zeros, {told}: 1 - min N_i / N_0", float(np.mean(levels == 0)), atom, within=1e-12)
         claims.near("products", "its atom in the law", law.atom, atom, within=1e-12)
-        claims.between(
-            "products", "its KS distance", kolmogorov(levels, law), high=0.006, source=f"theory.md 4.1: {before}"
-        )
+        claims.between("products", "its KS distance", kolmogorov(levels, law), high=0.006, source=f"before: {before}")
     for ratio, before in ((0.3, 0.009), (1.0, 0.009), (2.0, 0.0034)):
         law_of = ProductWigner(ratio)
         levels = law_of.rvs(1000, np.random.default_rng(seed))
@@ -91,7 +89,7 @@ def products(claims: Claims, seed: int = 0) -> None:
         claims.near("products", f"zeros, {told}: max(0, 1 - c)", zeros, max(0.0, 1 - ratio), within=1e-12)
         claims.near("products", "mass of its density", mass(law_of), 1 - law_of.atom, within=0.01)
         claims.between(
-            "products", "its KS distance", kolmogorov(levels, law_of), high=0.012, source=f"theory.md 4.2: {before}"
+            "products", "its KS distance", kolmogorov(levels, law_of), high=0.012, source=f"before: {before}"
         )
 
 
@@ -122,7 +120,7 @@ def percolated(claims: Claims, n: int, seed: int = 0) -> None:
         levels[-1],
         site.edges[1],
         relative=0.03,
-        source="theory.md 4.3: 1.0954",
+        source="2 √p",
     )
     bonds = np.triu(rng.random((n, n)) < 0.3)
     levels = np.linalg.eigvalsh(wigner * (bonds | bonds.T)) / math.sqrt(0.3)
@@ -132,7 +130,7 @@ def percolated(claims: Claims, n: int, seed: int = 0) -> None:
         law = SparseWigner(degree)
         draws = [float(np.mean(law.rvs(n // 2, rng) == 0)) for _ in range(10)]
         told = f"sparse bonds, c = {degree:g}"
-        claims.near("percolation", f"atom in the law, {told}", law.atom, known, within=1e-4, source="theory.md 4.3")
+        claims.near("percolation", f"atom in the law, {told}", law.atom, known, within=1e-4)
         error = float(np.std(draws, ddof=1) / math.sqrt(len(draws)))
         claims.near(
             "percolation", "zeros, simulated", float(np.mean(draws)), known, within=0.7 / math.sqrt(n), stderr=error
@@ -155,7 +153,7 @@ def _kurtosis(levels: np.ndarray) -> float:
     return float(np.mean(levels**4) / np.mean(levels**2) ** 2)
 
 
-# --- theory.md 9, item 15: is each ensemble found again? -------------------------------------------------------------
+# --- is each ensemble found again? ------------------------------------------------------------------------------------
 
 #: A member of each family, and whether sparse matrices, of which a fit takes a second, are among the candidates.
 MEMBERS: tuple[tuple[Law, bool], ...] = (
@@ -193,9 +191,7 @@ def selection(claims: Claims, draws: int, n: int = 1500) -> None:
                 within=0.06,
                 stderr=stderr,
             )
-    claims.between(
-        "best ensemble", "share of all samples that are found", right / total, low=0.9, source="theory.md 9.15"
-    )
+    claims.between("best ensemble", "share of all samples that are found", right / total, low=0.9)
 
 
 # --- the nearest member of each family -------------------------------------------------------------------------------

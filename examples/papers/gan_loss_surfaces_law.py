@@ -16,8 +16,9 @@ from lightning_rmt.laws import BlockSemicircle
 
 #: kappa, b, b1, x1
 Parameters = tuple[float, float, float, float]
-#: Each with what theory.md section 3 measured: the law's Kolmogorov distance from a simulation; that of the quartic's root
-#: of largest imaginary part with the sign of F in the authors' stored rmt/spectrum.py; the mass of that root with the other.
+#: Each with what an earlier study of ours measured: the law's Kolmogorov distance from a simulation; that of the
+#: quartic's root of largest imaginary part with the sign of F in the authors' stored rmt/spectrum.py; the mass of that
+#: root with the other sign.
 SIMULATED: tuple[tuple[Parameters, float, float, float], ...] = (
     ((0.5, 1.0, 1.0, 0.0), 0.0025, 0.090, 1.009),
     ((0.5, 1.0, 1.0, 1.0), 0.0022, 0.070, 1.033),
@@ -142,7 +143,7 @@ def simulate(claims: Claims, n: int) -> None:
             f"KS distance of the law from a matrix of size {n}, {told}",
             kolmogorov(levels, law),
             high=6 / n,
-            source=f"theory.md 3: {ours_before}",
+            source=f"before: {ours_before}",
         )
         low, high = law.edges
         x = low + (high - low) * np.linspace(0.05, 0.95, 19)
@@ -155,9 +156,7 @@ def simulate(claims: Claims, n: int) -> None:
             "quartic, F > 0", f"largest distance of a root's imaginary part from the law's, {told}", off[0], high=1e-6
         )
         if x1:
-            claims.between(
-                "quartic, F < 0", f"the same, {told}", off[1], low=0.01, source="theory.md 3: F < 0 is wrong"
-            )
+            claims.between("quartic, F < 0", f"the same, {told}", off[1], low=0.01, source="F < 0 is wrong")
         wrong, _ = by_picked_root(levels, parameters, -1.0)
         claims.near(
             "stored code, F < 0",
@@ -165,7 +164,7 @@ def simulate(claims: Claims, n: int) -> None:
             wrong,
             wrong_before,
             within=0.02,
-            source="theory.md 3",
+            source="before",
         )
         _, mass = by_picked_root(levels, parameters, 1.0)
         claims.near(
@@ -174,7 +173,7 @@ def simulate(claims: Claims, n: int) -> None:
             mass,
             mass_before,
             within=0.03,
-            source="theory.md 3",
+            source="before",
         )
 
 

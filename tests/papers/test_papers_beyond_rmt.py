@@ -6,6 +6,7 @@ import beyond_rmt as script
 import numpy as np
 import pytest
 from beyond_rmt_ensembles import FAMILIES, PercolatedWishart, mass
+from beyond_rmt_zeros import exact_zeros
 from misfit import kolmogorov, measured
 
 from lightning_rmt.laws import MarchenkoPastur, PercolatedWigner, Semicircle
@@ -50,4 +51,4 @@ def test_the_nearest_member_says_whether_its_family_is_right(law):
 
 
 def test_only_rounding_counts_as_an_exact_zero():
-    assert script.exact_zeros(np.array([1e-17, 1e-14, 1e-9, 1e-3, 1.0])) == pytest.approx(0.4)
+    assert exact_zeros(np.array([1e-17, 1e-14, 1e-9, 1e-3, 1.0])) == pytest.approx(0.4)
