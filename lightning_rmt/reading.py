@@ -18,7 +18,7 @@ from lightning_rmt.levels.edge import edge_statistics
 from lightning_rmt.levels.statistics import LevelStatistics
 from lightning_rmt.levels.verdict import FEWEST_LEVELS
 from lightning_rmt.local_law.batch_law import BatchLaw
-from lightning_rmt.local_law.cleaning import Cleaned, clean
+from lightning_rmt.local_law.cleaning import Cleaned, clean, wigner_gap
 from lightning_rmt.local_law.damping import self_consistent_damping, self_consistent_damping_error
 from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.spectra.archive import read_arrays
@@ -153,6 +153,19 @@ class Reading:
         if self.noise is None or self.curvature_noise is None:
             return None
         return self_consistent_damping(self.noise.mean, self.spectrum, spectrum_noise=self.curvature_noise.mean)
+
+    def wigner_gap(self) -> float | None:
+        """How far the local law's isotropic noise is from that in the outliers' directions, see `wigner_gap`.
+
+        By the counted outliers, or, where these can't be counted, by the largest eigenvalue. Above 0.2 the local law
+        shouldn't be trusted with a damping; None where it can't be told.
+        """
+        noise, cleaned = self.curvature_noise, self.cleaned_outliers
+        if noise is None or noise.anisotropy is None or cleaned is None:
+            return None
+        if not cleaned.told.any() and self.spectrum.top:
+            cleaned = clean([self.spectrum.top[0].value], noise.mean, self.spectrum)
+        return wigner_gap(cleaned, noise.anisotropy)
 
     @cached_property
     def level_statistics(self) -> dict[str, LevelStatistics]:

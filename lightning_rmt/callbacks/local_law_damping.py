@@ -247,7 +247,12 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         if reading.noise is None or reading.curvature_noise is None:
             return
         try:
-            self.controller.update(reading.spectrum, reading.noise.mean, spectrum_noise=reading.curvature_noise.mean)
+            self.controller.update(
+                reading.spectrum,
+                reading.noise.mean,
+                spectrum_noise=reading.curvature_noise.mean,
+                wigner_gap=reading.wigner_gap(),
+            )
         except ValueError as error:
             self._reports.note(trainer.loggers, f"no damping from the local law: {error}", current_step(trainer))
 

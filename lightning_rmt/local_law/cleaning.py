@@ -63,6 +63,30 @@ class Cleaned:
         return np.isfinite(self.curvature)
 
 
+def wigner_gap(cleaned: Cleaned, anisotropy: float) -> float | None:
+    """How far noise that is the same in all directions is from what the outliers see: for a network, mostly far.
+
+    With it a noisy eigenvalue l is cleaned to ``l - d``, d from the local law. Noise whose variance is a times as large in
+    the outliers' own directions moves them a times as far (`NoiseScale.anisotropy`, to first order): ``l - a d``.
+
+    Args:
+        cleaned: outliers by the local law.
+        anisotropy: a.
+
+    Returns:
+        The largest ``|(l - d) - (l - a d)| / |l - a d|`` over the outliers that are told from noise, infinite where that
+        much noise leaves no curvature; None without any.
+    """
+    told = cleaned.told
+    if not told.any():
+        return None
+    shift = cleaned.eigenvalues[told] - cleaned.curvature[told]
+    left = cleaned.eigenvalues[told] - anisotropy * shift
+    if (left <= 0).any():
+        return math.inf
+    return float(np.max(np.abs(anisotropy - 1.0) * shift / left))
+
+
 def clean(
     eigenvalues: ArrayLike,
     noise: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,6 +29,8 @@ from lightning_rmt.spectra.spectrum import Spectrum
 #: Noise of a scale below this share of the largest eigenvalue is none: rounding. On a healthy run with small batches, an
 #: autoencoder on digits, it was 1.5e-3 to 4e-3; of full batches the finite population leaves exactly 0.
 NOISE_FREE = 1e-5
+#: Cleaned curvatures that differ by more than this share don't let the local law be trusted.
+GAP = 0.2
 
 
 class DampingController:
@@ -162,7 +165,14 @@ class DampingController:
         self._group, self._buffers, self._outside, self._taken = None, [], None, None
         self._surroundings = nullcontext
 
-    def update(self, spectrum: Spectrum, noise: float, *, spectrum_noise: float | None = None) -> None:
+    def update(
+        self,
+        spectrum: Spectrum,
+        noise: float,
+        *,
+        spectrum_noise: float | None = None,
+        wigner_gap: float | None = None,
+    ) -> None:
         """Takes over a spectrum: the damping to start with, or with the method ``"local-law"`` to go on with.
 
         Later ones are for the report. Without noise (its scale below 1e-5 of the largest eigenvalue) there
@@ -173,21 +183,34 @@ class DampingController:
             spectrum: of the curvature.
             noise: scale s of the noise in the curvature of a *training* batch: half as much for four times the samples.
             spectrum_noise: in that of the spectrum, where it is another; see `local_law.self_consistent_damping`.
+            wigner_gap: how far the noise is from the local law's (`Reading.wigner_gap`); above `GAP` the method
+                ``"local-law"`` measures held-out curvature as well, and follows that.
 
         Raises:
             TypeError: the spectrum is none.
             ValueError: a noise scale is negative or not finite, or the spectrum has more noise than a batch.
         """
         knob, state, settings = self._knob, self._knob.state, self.settings
+        if wigner_gap is not None and wigner_gap > GAP and not state.distrusted:
+            state.distrusted = True
+            if settings.method == "local-law":
+                warnings.warn(
+                    f"the curvature's noise isn't that of the local law: true curvatures by it are {wigner_gap:.0%} off in "
+                    'the outliers\' directions. Held-out curvature sets the damping from here on (method="heldout")',
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         found = self_consistent_damping(noise, spectrum, spectrum_noise=spectrum_noise)
         state.local_law = found
         state.largest = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
         state.noise_free = noise <= NOISE_FREE * state.largest
         if knob.controls and not state.noise_free and found > 0:
-            if settings.method == "local-law" and state.started:
+            if knob.method == "local-law" and state.started:
                 factor = change(found / state.damping, settings.max_change)
                 knob.set(smoothed(state.damping, state.damping * factor, settings.ema))
-            elif settings.method == "local-law" or (settings.init == "local-law" and state.steps == 0):
+            elif (not state.started and settings.method == "local-law") or (
+                settings.init == "local-law" and state.steps == 0
+            ):
                 knob.set(found)
                 state.started = True
         self._measured = spectrum, noise, spectrum_noise
@@ -254,11 +277,11 @@ class DampingController:
         """
         if self._busy:
             return
-        knob, settings = self._knob, self.settings
+        knob = self._knob
         optimizer = knob.optimizer
         knob.look_for_others()
         guarded = self.guards
-        measured = self.due and settings.method != "local-law"
+        measured = self.due and knob.method != "local-law"
         undo = guarded or (measured and knob.searching)
         wanted = guarded or measured
         self._taken = None

@@ -34,12 +34,12 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     ratio: Ratio | None = None
     reduction = refused = None
     proposal = knob.damping
-    if knob.due() and settings.method != "local-law":
+    if knob.due() and knob.method != "local-law":
         try:
             _refuse_clipped(knob, look, asked)
-            if knob.held_out_wanted and (asked.held_out is not None or settings.method == "heldout"):
+            if knob.held_out_wanted and (asked.held_out is not None or knob.method == "heldout"):
                 ratio, proposal = (_search if knob.searching else _follow)(knob, look, asked)
-            if settings.method == "two-part" or state.noise_free:
+            if knob.method == "two-part" or state.noise_free:
                 reduction, proposal = _trust(knob, look, asked, proposal)
         except NoCalibrationError as error:
             refused = str(error)
@@ -89,7 +89,7 @@ def _refuse_clipped(knob: Knob, look: Look, asked: Questions) -> None:
 
 def _ratio(knob: Knob, look: Look, asked: Questions) -> Ratio:
     """The trust part looks at the step's own batch in its own way, and a third product would be one too many."""
-    return look.ratio(asked.held_out, asked.loss if knob.settings.method == "heldout" else None)
+    return look.ratio(asked.held_out, asked.loss if knob.method == "heldout" else None)
 
 
 def _follow(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:

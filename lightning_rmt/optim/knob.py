@@ -6,7 +6,7 @@ import warnings
 
 from torch.optim import Optimizer
 
-from lightning_rmt.optim.settings import DampingSettings
+from lightning_rmt.optim.settings import DampingSettings, Method
 from lightning_rmt.optim.state import ControllerState
 from lightning_rmt.optim.taken_step import check_parameters
 from lightning_rmt.optim.targets import CalledTarget, Target, TargetArgument, find_target
@@ -100,9 +100,15 @@ class Knob:
         return self.state.mode == "control"
 
     @property
+    def method(self) -> Method:
+        """The one that is in use: held-out curvature in place of a local law that isn't trusted."""
+        method = self.settings.method
+        return "heldout" if method == "local-law" and self.state.distrusted else method
+
+    @property
     def held_out_wanted(self) -> bool:
         """Whether held-out curvature has a say."""
-        return self.settings.method != "local-law" and not self.state.noise_free
+        return self.method != "local-law" and not self.state.noise_free
 
     @property
     def searching(self) -> bool:

@@ -30,6 +30,7 @@ class ControllerState:
         largest: its largest absolute eigenvalue.
         noise_free: whether it came with no noise to speak of.
         suggested: whether a suggestion was made already.
+        distrusted: whether the noise was far from the local law's, so that held-out curvature has its say in any method.
         guarded_until: steps up to which every one is guarded.
         settled: whether the damping was right, or too small, once: from there on it falls slowly.
         clipped: share of clipped steps among the last measured ones, None where nobody said.
@@ -49,6 +50,7 @@ class ControllerState:
     largest: float | None = None
     noise_free: bool = False
     suggested: bool = False
+    distrusted: bool = False
     guarded_until: int = 0
     settled: bool = False
     clipped: float | None = None

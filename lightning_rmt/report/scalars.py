@@ -207,6 +207,14 @@ def _noise(reading: Reading) -> Iterator[_Item]:
     yield _Item("anisotropy", noise.anisotropy, "no eigenvalue is certified whose direction's noise could be compared")
     if noise.anisotropy_stderr is not None:
         yield _Item("anisotropy_stderr", noise.anisotropy_stderr, "")
+    gap = reading.wigner_gap()
+    words = "no outlier is told from the noise, or its own noise wasn't measured"
+    if gap == math.inf:
+        gap, words = (
+            None,
+            "the noise in the outliers' directions is larger than they are: the local law can't be trusted",
+        )
+    yield _Item("wigner_gap", gap, words)
     try:
         damping, error, reason = reading.local_law_damping(), reading.local_law_damping_error(), ""
     except ValueError as refused:
