@@ -49,12 +49,13 @@ def _heavy_ball(
     move: Tensor, buffer: Tensor, earlier: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor, bool]:
     momentum = float(options.get("momentum", 0.0))
-    new = buffer if earlier is None else buffer - momentum * earlier
-    if earlier is not None:
-        new = new / (1 - float(options.get("dampening", 0.0)))
+    if earlier is None:  # torch's first buffer is the new part, undamped
+        nesterov = momentum > 0 and _near(-(1 + momentum) * buffer, move)
+        return (-buffer if nesterov else move), True
+    new = (buffer - momentum * earlier) / (1 - float(options.get("dampening", 0.0)))
     if _near(-buffer, move) or _near(-(new + momentum * buffer), move):
         return -new, True
-    return move, earlier is None
+    return move, False
 
 
 def _adam(

@@ -49,7 +49,7 @@ def test_a_scheduler_of_the_learning_rate_is_no_conflict():
     assert control.mode == "control"
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("weight_decay", [0.0, 3.0])
 @pytest.mark.parametrize("beta", [0.0, 0.9])
 def test_what_is_measured_is_the_new_gradient_alone(beta, weight_decay):
     """The ratio of ``g / (sqrt(v) + eps)`` along it, whatever momentum and decay make the step of."""
