@@ -34,7 +34,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     """Reads what damping the curvature asks for, and, if allowed, sets it: a `DampingController` on a Trainer.
 
     Curvature noise eats damping: of a damping delta, ``delta - s^2 tr (H + delta)^-1 / n`` is left. With a
-    `SpectrumMonitor` in the same Trainer the local law says how much is needed (``rmt/damping/local_law``) and how much
+    `SpectrumMonitor` in the same Trainer the local law says how much is needed (``rmt/local_law_damping``) and how much
     there is (``rmt/effective_damping``). Beside that, every so many steps, the curvature of the step *before*'s batches
     along the step judges the damping without any assumption on the noise: that is what sets it.
 

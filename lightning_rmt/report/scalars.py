@@ -219,10 +219,10 @@ def _noise(reading: Reading) -> Iterator[_Item]:
         damping, error, reason = reading.local_law_damping(), reading.local_law_damping_error(), ""
     except ValueError as refused:
         damping, error, reason = None, math.nan, str(refused)
-    yield _Item("damping/local_law", damping, reason)
+    yield _Item("local_law_damping", damping, reason)
     if damping is not None:
         reason = "the damping is the smallest one above the bulk's edge, whose error isn't known"
-        yield _Item("damping/local_law_stderr", None if math.isnan(error) else error, reason)
+        yield _Item("local_law_damping_stderr", None if math.isnan(error) else error, reason)
     for i, (curvature, error) in enumerate(zip(cleaned.curvature[:TOP], cleaned.stderr, strict=False), start=1):
         told = not math.isnan(curvature)
         yield _Item(f"cleaned/{i}", curvature if told else None, "it can't be told from noise")

@@ -78,7 +78,7 @@ def test_what_is_logged_and_saved(tmp_path):
     assert got["rmt/noise_edge"] == noise_edge(reading.noise.mean)
     assert got["rmt/anisotropy"] == reading.noise.anisotropy
     damping = self_consistent_damping(reading.noise.mean, reading.spectrum, spectrum_noise=reading.curvature_noise.mean)
-    assert got["rmt/damping/local_law"] == pytest.approx(damping)
+    assert got["rmt/local_law_damping"] == pytest.approx(damping)
     reading.save(tmp_path / "reading.npz")
     back = Reading.load(tmp_path / "reading.npz")
     assert back.noise == reading.noise

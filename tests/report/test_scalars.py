@@ -205,9 +205,9 @@ def test_what_the_local_law_says_has_errors(known):
     assert got["rmt/noise_scale_stderr"] == 0.004
     assert got["rmt/noise_edge_stderr"] == 0.008
     assert got["rmt/anisotropy_stderr"] == 2.0
-    assert got["rmt/damping/local_law"] == reading.local_law_damping()
+    assert got["rmt/local_law_damping"] == reading.local_law_damping()
     assert got["rmt/cleaned/1_stderr"] == reading.cleaned_outliers.stderr[0] > 0.1
-    tag = "rmt/damping/local_law_stderr"
+    tag = "rmt/local_law_damping_stderr"
     assert tag in got or "bulk's edge" in refusals(reading)[tag]
     unknown = replace(NOISE, stderr=None)
     without = replace(reading, noise=unknown, curvature_noise=unknown)
@@ -219,7 +219,7 @@ def test_the_dampings_error(reading_of):
     wide = reading_of(np.concatenate([np.linspace(0, 3, 497), [8.0, 12.0, 20.0]]), noise=NOISE, curvature_noise=NOISE)
     noisy = replace(NOISE, mean=0.5, stderr=0.04)
     reading = replace(wide, noise=noisy, curvature_noise=noisy)
-    error = scalars(reading)["rmt/damping/local_law_stderr"]
+    error = scalars(reading)["rmt/local_law_damping_stderr"]
     moved = replace(reading, noise=replace(noisy, mean=0.54), curvature_noise=replace(noisy, mean=0.54))
     assert error >= 0.9 * (moved.local_law_damping() - reading.local_law_damping()) > 0
 
