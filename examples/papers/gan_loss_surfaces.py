@@ -194,7 +194,7 @@ def compare(claims: Claims, size: Size, readings: Sequence[Reading]) -> list[Blo
         "b, both blocks",
         "squared norm of the blocks that couple the networks / what b of the generator's block says",
         "1",
-        f"{every([one.coupling for one in found])} (each ± {error:.1g} or less)",
+        f"{every([one.coupling for one in found])} (each ± {error:.2g} or less)",
         all(one.coupling - 5 * one.coupling_error > 1.5 for one in found),
     )
     b2, b12 = couplings(p=2, q=2, sigma_z=1.0, kappa=found[0].kappa)
