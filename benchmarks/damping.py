@@ -24,7 +24,7 @@ from kronecker_harness import SCHEDULE, train
 
 GRID = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 #: Task and learning rate.
-CELLS = tuple((kind, rate) for kind, (_, rate) in SCHEDULE.items()) + (("autoencoder", 0.3), ("classifier", 0.1))
+CELLS = (*((kind, rate) for kind, (_, rate) in SCHEDULE.items()), ("autoencoder", 0.3), ("classifier", 0.1))
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "held-out, guard as it is by default": {},
     "held-out, guard every step": {"guard_steps": "every"},
