@@ -48,7 +48,8 @@ class SecondDerivativeError(CurvatureError):
     def __init__(
         self,
         operation: str,
-        remedy: str = "Use FiniteDifferenceHessian, or replace this operation in the loss.",
+        remedy: str = "First derivatives are enough for FiniteDifferenceHessian (SpectrumMonitor: the Hessian with "
+        'product="auto") and GradientCovariance (curvature="gradient_covariance"); or replace this operation in the loss.',
     ) -> None:
         self.operation = operation
         self.remedy = remedy
@@ -57,6 +58,11 @@ class SecondDerivativeError(CurvatureError):
     def __reduce__(self) -> tuple[type[SecondDerivativeError], tuple[str, str]]:
         return (SecondDerivativeError, (self.operation, self.remedy))  # to cross a process boundary
 
+
+REENTRANT = (
+    "a reentrant activation checkpoint can't be differentiated with torch.autograd.grad: call "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+)
 
 # "derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented",
 # "the derivative for '_embedding_bag_backward' is not implemented."
@@ -92,10 +98,7 @@ def explain(error: BaseException) -> CurvatureError | None:
     if "once_differentiable" in message:
         return SecondDerivativeError("an autograd.Function marked @once_differentiable")
     if "use_reentrant=True" in message:
-        return CurvatureError(
-            "a reentrant activation checkpoint can't be differentiated with torch.autograd.grad: call "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
+        return CurvatureError(REENTRANT)
     if "Inference tensors cannot be saved for backward" in message:
         return CurvatureError(
             "the batch or the model holds inference tensors, which autograd can't use: clone them outside "

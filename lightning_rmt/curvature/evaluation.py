@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_rmt.curvature.batches import sample_count
-from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError, explain
+from lightning_rmt.curvature.errors import REENTRANT, CurvatureError, SecondDerivativeError, explain
 from lightning_rmt.curvature.graph_memory import graph_nodes
 from lightning_rmt.curvature.kernels import twice_differentiable_kernels
 from lightning_rmt.curvature.parameters import ParameterBlock
@@ -132,7 +132,7 @@ def differentiate(
 
     Raises:
         ValueError: every parameter is frozen, or the loss depends on none of them.
-        CurvatureError: ``create_graph`` with a sparse gradient.
+        CurvatureError: ``create_graph`` with a sparse gradient, or all of them are in reentrant activation checkpoints.
         SecondDerivativeError: ``create_graph`` with an autograd.Function marked ``@once_differentiable``.
     """
     if create_graph:
@@ -148,6 +148,8 @@ def differentiate(
         allow_unused=True,
     )
     if all(gradient is None for gradient in found):
+        if any(type(node).__name__ == "CheckpointFunctionBackward" for node in graph_nodes([value])):
+            raise CurvatureError(REENTRANT)  # which autograd would say only where it goes into the checkpoint
         raise ValueError(f"the loss of batch {index} depends on none of the parameters that were given")
     gradients: list[Tensor | None] = [None] * len(block.tensors)
     for i, gradient in zip(trainable, found, strict=True):

@@ -146,7 +146,8 @@ def _refuse_other_precisions(loss: Tensor) -> None:
         listed = " and ".join(sorted(map(str, coarse)))
         raise ValueError(
             f"the loss is computed in {listed} between the block and its value, whatever the parameters' precision (a "
-            "cast in the model, perhaps), and the rounding of anything but float64 is a random matrix itself"
+            "cast in the model, perhaps), and the rounding of anything but float64 is a random matrix itself. Give a loss "
+            "without that cast (loss_fn=)"
         )
 
 

@@ -127,8 +127,8 @@ def _operator(
         except CurvatureError as refused:  # whose advice is to use the Hessian, which is what failed
             raise CurvatureError(
                 f"{why}, and finite differences of gradients don't agree with each other either (a loss with kinks, such as "
-                f"ReLU's, or with noise). Give a loss without {error.operation} (loss_fn=), or measure another curvature "
-                '("ggn", "gradient_covariance")'
+                f"ReLU's, or with noise). Give a loss without {error.operation} (loss_fn=), or measure what first "
+                'derivatives are enough for (curvature="gradient_covariance")'
             ) from refused
         return operator, (note,), ()
     return hessian, (), (f"memory is short: {fitted}",) if fitted else ()

@@ -1,20 +1,22 @@
-"""Models as people train them, tiny: each with its loader, its way of training, and what of it is small enough for the truth.
+"""Models as people train them, tiny: each with its loader, its way of training, and parameters few enough for the truth.
 
 Transformers come from their configurations, with the library's defaults: nothing is downloaded, torchvision isn't needed,
-and attention is `scaled_dot_product_attention`. The library is imported where a model is made, since that takes a second.
+and attention is `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from bitwise_cases import CASES, options
 from harness import Case
-from live_models import CLASSES, Classifier, images, tokens
+from live_models import CLASSES, Classifier, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,18 +34,27 @@ class Real:
         block: pattern of those with an exact block in float64.
         tolerance: of an eigenvalue from Lanczos, in units of the largest one.
         loss: of (module, batch), where `training_step` would not keep to float64.
-        warned: what the monitor has to say about the model at its first probe.
+        every: steps from probe to probe.
     """
 
     case: Case
-    parameters: list[str] | None
+    parameters: tuple[str, ...] | None
     block: str | None
-    tolerance: float = 2e-6
+    tolerance: float = 2e-6  # float32 misses by up to 9e-7
     loss: Callable[[Any, Any], Tensor] | None = None
-    warned: str | None = None
+    every: int = 8
 
     def __str__(self) -> str:
         return self.case.name
+
+
+def hugging_face() -> Any:
+    """The library, imported where a model is made: its models take a second or two."""
+    if sys.version_info < (3, 11):
+        pytest.skip("transformers 5.24 needs Python 3.11")
+    import transformers
+
+    return transformers
 
 
 class FineTuned(pl.LightningModule):
@@ -64,49 +75,44 @@ class FineTuned(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def gpt2(dropout: float = 0.1, checkpointing: bool = False, **kwargs: Any) -> FineTuned:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    config = GPT2Config(
-        **{"vocab_size": 20, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2},
-        **{"bos_token_id": 0, "eos_token_id": 0, "use_cache": False, **rates, **kwargs},
+def gpt2(reentrant: bool | None = None) -> FineTuned:
+    """Without dropout of attention weights, which no fused kernel on a CPU has; checkpointed if `reentrant` isn't None."""
+    library = hugging_face()
+    config = library.GPT2Config(
+        **{"vocab_size": 20, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0},
+        **{"bos_token_id": 0, "eos_token_id": 0, "use_cache": False, "loss_type": "ForCausalLMLoss"},
     )
-    net = GPT2LMHeadModel(config)
-    if checkpointing:
-        enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
-        enable()
+    net = library.GPT2LMHeadModel(config)
+    if reentrant is not None:
+        net.activation_checkpointing_enable({"use_reentrant": reentrant})
     return FineTuned(net)
 
 
 def bert() -> FineTuned:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
+    library = hugging_face()
+    config = library.BertConfig(
         **{"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         **{"intermediate_size": 32, "max_position_embeddings": 8, "num_labels": CLASSES},
     )
-    return FineTuned(BertForSequenceClassification(config))
+    return FineTuned(library.BertForSequenceClassification(config))
 
 
 def vit() -> FineTuned:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
+    library = hugging_face()
+    config = library.ViTConfig(
         **{"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1},
         **{"num_attention_heads": 2, "intermediate_size": 32, "num_labels": CLASSES},
     )
-    return FineTuned(ViTForImageClassification(config))
+    return FineTuned(library.ViTForImageClassification(config))
 
 
 def resnet() -> FineTuned:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(
+    library = hugging_face()
+    config = library.ResNetConfig(
         **{"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
         **{"layer_type": "basic", "num_labels": CLASSES},
     )
-    return FineTuned(ResNetForImageClassification(config))
+    return FineTuned(library.ResNetForImageClassification(config))
 
 
 def next_token(module: FineTuned, batch: Any) -> Tensor:
@@ -119,9 +125,7 @@ def loader(**columns: Tensor) -> DataLoader:
     """Shuffled batches of four, each a `BatchEncoding`, which is what a tokenizer returns and no dict."""
 
     def collate(rows: list[dict[str, Tensor]]) -> Any:
-        from transformers import BatchEncoding
-
-        return BatchEncoding({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+        return hugging_face().BatchEncoding({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
 
     rows = [{key: column[i] for key, column in columns.items()} for i in range(SAMPLES)]
     return DataLoader(rows, batch_size=4, shuffle=True, collate_fn=collate)
@@ -159,7 +163,7 @@ class Recurrent(nn.Module):
 
 def series() -> DataLoader:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, 7, 1, generator=generator).cumsum(1)
+    x = torch.randn(SAMPLES, 5, 1, generator=generator).cumsum(1)
     return DataLoader(TensorDataset(x, (x[:, -1, 0] > 0).long()), batch_size=4, shuffle=True)
 
 
@@ -190,12 +194,12 @@ def ratings() -> DataLoader:
 
 
 class BagOfWords(nn.Module):
-    """FastText's classifier, with a smooth hidden layer. PyTorch has no second derivative of its EmbeddingBag."""
+    """FastText's classifier, with a hidden layer. PyTorch has no second derivative of its EmbeddingBag."""
 
-    def __init__(self) -> None:
+    def __init__(self, activation: type[nn.Module] = nn.Tanh) -> None:
         super().__init__()
         self.bag = nn.EmbeddingBag(10, 8)
-        self.head = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+        self.head = nn.Sequential(activation(), nn.Linear(8, 8), activation(), nn.Linear(8, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.bag(x))
@@ -206,7 +210,7 @@ class Poisson(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+        self.net = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = batch[0].requires_grad_()
@@ -232,34 +236,48 @@ def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
-GPT2 = ["*.attn.*.bias", "*.ln_*"]
-BERT = ["*LayerNorm.*", "*attention.self.*.bias", "*classifier.*"]
-VIT = ["*layernorm*", "*_proj.bias", "*cls_token"]
-RESNET = ["*shortcut.*", "*embedder.normalization.*", "*classifier*"]
+ATTENTION_AND_NORM = ("*.attn.*.bias", "*.ln_*")
 
 MODELS = (
-    Real(Case("GPT-2", gpt2, text), GPT2, "*.ln_*", loss=next_token),
-    Real(Case("BERT", bert, padded_text), BERT, "*LayerNorm.*"),
-    Real(Case("ViT", vit, pictures), VIT, "*layernorm*"),
-    Real(Case("ResNet", resnet, lambda: pictures(16)), RESNET, "*shortcut.convolution.weight"),
+    Real(Case("GPT-2", gpt2, text), ATTENTION_AND_NORM, "*.attn.*.bias", loss=next_token),
+    Real(Case("BERT", bert, padded_text), ("*LayerNorm.*", "*attention.self.*.bias"), "*LayerNorm.*"),
+    Real(Case("ViT", vit, pictures), ("*layernorm*", "*_proj.bias", "*cls_token"), "*layernorm*"),
+    Real(
+        Case("ResNet", resnet, lambda: pictures(16)),
+        ("*shortcut.*", "*embedder.normalization.*"),
+        "*shortcut.convolution.weight",
+    ),
     Real(Case("LSTM", lambda: Classifier(Recurrent(nn.LSTM, 3)), series), None, "*_l1"),
-    Real(Case("GRU", lambda: Classifier(Recurrent(nn.GRU, 4)), series), None, "*_l1"),
+    Real(Case("GRU", lambda: Classifier(Recurrent(nn.GRU, 3)), series), None, "*_l1"),
     Real(Case("embeddings, sparse gradients", Recommender, ratings), None, "items.weight"),
     Real(
         Case("EmbeddingBag", lambda: Classifier(BagOfWords()), tokens, ignore=("SpectrumMonitor 'rmt': products are",)),
         None,
         None,
-        tolerance=1e-3,
+        tolerance=5e-4,  # finite differences, which say themselves that they err by 1e-4
     ),
     Real(Case("PINN", Poisson, collocation), None, "net.2.weight"),
     Real(named("LBFGS"), None, "net.*"),
     Real(named("compiled, aot_eager"), None, "net.*"),
     Real(
-        Case("GPT-2, activation checkpoints", lambda: gpt2(checkpointing=True), text), GPT2, "*.ln_*", loss=next_token
+        Case("GPT-2, activation checkpoints", lambda: gpt2(reentrant=False), text, loss_fn=next_token),
+        ("*.attn.*.bias", "*.ln_1.*"),
+        "*.attn.*.bias",
+        loss=next_token,
     ),
-    Real(named("accumulate 4"), None, "net.*"),
-    Real(Case("GPT-2, bf16-mixed", gpt2, text, options(precision="bf16-mixed")), GPT2, "*.ln_*", loss=next_token),
-    Real(Case("ViT, bf16-true", vit, pictures, options(precision="bf16-true")), VIT, "*layernorm*", tolerance=0.02),
-    Real(named("weight averaging"), None, "net.4.weight"),
-    Real(named("SWA with its batch norm epoch"), None, "net.4.weight"),
+    Real(named("accumulate 4"), None, "net.*", every=2),
+    Real(
+        Case("GPT-2, bf16-mixed", gpt2, text, options(precision="bf16-mixed")),
+        ("*.attn.*.bias", "*.ln_1.*"),
+        "*.attn.*.bias",
+        loss=next_token,
+    ),
+    Real(
+        Case("ViT, bf16-true", vit, pictures, options(precision="bf16-true")),
+        ("*layernorm_before*", "*_proj.bias"),
+        "*_proj.bias",
+        tolerance=0.02,  # two or three roundings of bfloat16, which are 0.4 %; its block in float64 is as exact as any
+    ),
+    Real(named("weight averaging"), ("net.1.*", "net.4.*"), "net.4.weight"),
+    Real(named("SWA with its batch norm epoch"), ("net.0.*", "net.5.*", "net.8.*"), "net.8.*"),
 )
