@@ -73,8 +73,8 @@ class DampingController:
         deadband: ratios r that are right as they are: following the noise of single batches makes the damping nervous.
         guard: see above; None: never. Costs a loss per guarded step, two where ``before`` isn't given.
         guard_factor: what a rejected step multiplies the damping by. Its momentum is halved.
-        guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step. Where
-            it was measured only the latter made runs from very different dampings end alike: see ``docs/damping.md``.
+        guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step. The
+            first of them, and those after a rejection, are seen in both: see ``docs/damping.md``.
         mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
         search: whether the first step is taken again with other dampings. False where a damping acts on later steps only, as
             in optimizers that move an inverse a little in each step (singd): one step then says nothing about it.
