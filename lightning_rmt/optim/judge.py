@@ -66,6 +66,7 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
         rejections=state.rejections,
         products=state.products,
         refused=refused,
+        reach=None if ratio is None else ratio.reach,
         local_law=state.local_law,
         effective=state.effective,
     )

@@ -25,16 +25,19 @@ class Ratio(NamedTuple):
             momentum.
         own: with that of the step's own batch, None where it wasn't asked for.
         direction: along which.
+        reach: how far one gradient moves the weights in all, in steps of length one; at least 1.
     """
 
     held_out: float
     own: float | None
     direction: Direction
+    reach: float = 1.0
 
     @property
     def value(self) -> float:
-        """The larger in size."""
-        return self.held_out if self.own is None or abs(self.held_out) >= abs(self.own) else self.own
+        """The larger in size, times the reach: what the damping follows."""
+        larger = self.held_out if self.own is None or abs(self.held_out) >= abs(self.own) else self.own
+        return larger * self.reach
 
 
 class Look:
@@ -85,7 +88,7 @@ class Look:
             raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
         # damped curvature that isn't positive makes steps uphill
         if not math.isfinite(direction.length) or (slope >= 0 and direction.pure):
-            return Ratio(math.inf, None if own is None else math.inf, direction)
+            return Ratio(math.inf, None if own is None else math.inf, direction, self.taken.reach)
         if not slope < 0:
             raise NoCalibrationError(
                 "the step doesn't go downhill on its own batch (momentum outweighs the gradient), so its length says nothing"
@@ -93,7 +96,7 @@ class Look:
         ratios = [direction.length * curvature / -slope for curvature in curvatures]
         if math.isnan(ratios[0]) or (own is not None and math.isnan(ratios[1])):
             raise NoCalibrationError("the curvature along the step isn't a number")
-        return Ratio(ratios[0], None if own is None else ratios[1], direction)
+        return Ratio(ratios[0], None if own is None else ratios[1], direction, self.taken.reach)
 
     def losses(self, loss: LossFunction, before: Tensor | float | None) -> tuple[float, float]:
         """The step's own batch's loss before and after it; taken once.

@@ -17,6 +17,8 @@ class DampingReport:
         ratio: held-out r with the damping that the step was taken with; 1 is right, above 1 it was too small. None where it
             wasn't measured.
         own_ratio: the same with the curvature of the step's own batch; the larger of the two is followed.
+        reach: what both are multiplied by before they are followed: ``lr / (1 - momentum)`` of heavy-ball momentum, at least
+            1; None where there is no ratio.
         reduction: actual over predicted reduction of the batch's own loss, for the trust part; None where not measured.
         rejected: whether the step was undone.
         rejections: steps undone so far.
@@ -37,5 +39,6 @@ class DampingReport:
     rejections: int
     products: int
     refused: str | None
+    reach: float | None
     local_law: float | None
     effective: float | None

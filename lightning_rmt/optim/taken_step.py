@@ -90,6 +90,21 @@ class TakenStep:
             self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in parameters]
 
     @property
+    def reach(self) -> float:
+        """The length ``lr / (1 - momentum)`` that heavy-ball momentum moves the weights by for one gradient, at least 1.
+
+        A ratio is for a step of length one. With momentum 0.9 and a learning rate of 0.3 a gradient is taken three times
+        over, and what one batch makes of noisy curvature with it. A learning rate that makes steps shorter isn't counted:
+        where it was, it drove the damping to 0.
+        """
+        reaches = []
+        for options in self._options.values():
+            momentum = float(options.get("momentum") or 0.0)
+            left = 1 - float(options.get("dampening") or 0.0) if momentum else 1.0
+            reaches.append(_rate(options) * left / (1 - momentum) if 0 <= momentum < 1 else 1.0)
+        return max(1.0, *reaches)
+
+    @property
     def repeatable(self) -> bool:
         """Whether the gradients are without a graph: a step through theirs (``create_graph=True``) can be taken once."""
         return all(p.grad is None or p.grad.grad_fn is None for p in optimizer_parameters(self._optimizer))

@@ -26,6 +26,7 @@ def damping_scalars(report: DampingReport, name: str, clipped: bool | None = Non
         f"{parts}/suggested": report.suggested,
         f"{parts}/heldout_ratio": report.ratio,
         f"{parts}/own_ratio": report.own_ratio,
+        f"{parts}/reach": report.reach,
         f"{parts}/reduction": report.reduction,
         f"{parts}/rejections": float(report.rejections),
         f"{parts}/products": float(report.products),

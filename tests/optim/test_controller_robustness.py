@@ -7,7 +7,6 @@ per decade; over 1e-6 to 10 that is 1 on all three tasks (docs/damping.md has th
 
 from __future__ import annotations
 
-import statistics
 from functools import cache, partial
 
 import pytest
@@ -59,21 +58,20 @@ def test_after_its_first_step_a_run_has_forgotten_where_it_started(kind):
         assert state == other_state
 
 
-# over seeds; measured 0.85, 1.25 and 1.29
+# seed by seed; measured 0.92 to 0.96, 0.16 to 0.76 and 1.16 to 1.50
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_it_ends_near_the_best_fixed_damping(kind):
     ratios = [controlled(kind, seed) / best_fixed(kind, seed) for seed in SEEDS]
-    assert statistics.median(ratios) < 1.5, ratios
-    # near interpolation single seeds are luck: 0.1 to 4.2 over nine
-    assert max(ratios) < (5 if kind == "classifier" else 1.5), ratios
+    assert max(ratios) < 1.5, ratios
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TASKS)
-def test_without_the_guard_it_does_not(kind):
-    ratios = [controlled(kind, seed, guard=None) / best_fixed(kind, seed) for seed in SEEDS]
-    assert statistics.median(ratios) > 2, ratios
+def test_without_the_guard_it_does_not():
+    # the autoencoder and two seeds of the classifier never need it
+    worst = {kind: max(controlled(kind, seed, guard=None) / best_fixed(kind, seed) for seed in SEEDS) for kind in TASKS}
+    assert worst["classifier"] > 1000, worst
+    assert worst["characters"] > 5, worst
 
 
 @pytest.mark.slow
