@@ -108,7 +108,7 @@ def draw(fixed: dict[float, list[float]], controlled: dict[float, list[float]], 
     figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     drawn = [loss for runs in (fixed, controlled) for losses in runs.values() for loss in losses if math.isfinite(loss)]
     top = 6 * max(drawn)
-    for name, runs, color, marker in (("fixed", fixed, FIXED, "s"), ("controlled", controlled, CONTROLLED, "o")):
+    for name, runs, color, marker in (("left there", fixed, FIXED, "s"), ("controlled", controlled, CONTROLLED, "o")):
         middle = {start: median(losses) for start, losses in runs.items()}
         kept = {start: loss for start, loss in middle.items() if math.isfinite(loss)}
         axes.plot(list(kept), list(kept.values()), color=color, marker=marker, markersize=5, label=name)
@@ -116,14 +116,11 @@ def draw(fixed: dict[float, list[float]], controlled: dict[float, list[float]], 
             list(kept), [min(runs[start]) for start in kept], [min(max(runs[start]), top) for start in kept], color
         )
         lost = [start for start in middle if start not in kept]
-        axes.plot(lost, [top] * len(lost), color=color, marker="^", markerfacecolor="white", linestyle="none")
-        for start in lost:
-            axes.annotate(
-                "diverged", (start, top), (7, 0), textcoords="offset points", color=color, va="center", fontsize=8
-            )
-    axes.set(xscale="log", yscale="log", xlabel="damping at the start", ylabel="final loss", ylim=(None, 2 * top))
+        if lost:
+            axes.plot(lost, [top] * len(lost), "^", color=color, markerfacecolor="white", label=f"{name}: diverged")
+    axes.set(xscale="log", yscale="log", xlabel="damping at the start", ylabel="final loss (median, range of seeds)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="damping", frameon=False, loc="center right", bbox_to_anchor=(1, 0.7))
+    figure.legend(frameon=False, loc="outside upper center", ncols=3)
     figure.savefig(output, dpi=200)
     plt.close(figure)
 
