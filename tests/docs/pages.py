@@ -6,7 +6,6 @@ give defaults for the Trainer's arguments; nothing is replaced.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any

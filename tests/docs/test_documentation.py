@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from sybil.parsers.markdown import PythonCodeBlockParser
 from sybil.document import Document
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 import lightning_rmt
 
