@@ -1,4 +1,7 @@
-"""Runs the scripts of all papers and joins their pages to docs/papers.md; ``--full`` and ``--out`` are passed on."""
+"""Runs the scripts of all papers and joins their pages to docs/papers.md; other arguments than ``--join`` are passed on.
+
+``--join`` runs nothing and joins the pages that are there.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,17 @@ as well. *shown*: no tolerance. Errors are one standard error.
 
 def main() -> int:
     """Exit status: 0 where every script's was."""
-    arguments = sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--join"]
+    run = "--join" not in sys.argv
     out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else Path("docs/papers")
     failed, pages = [], []
     for script in SCRIPTS:
         start = time.perf_counter()
-        status = subprocess.run([sys.executable, str(HERE / script), *arguments], check=False).returncode
-        print(f"{script}: exit status {status} after {time.perf_counter() - start:.0f} s", flush=True)
-        if status:
-            failed.append(script)
+        if run:
+            status = subprocess.run([sys.executable, str(HERE / script), *arguments], check=False).returncode
+            print(f"{script}: exit status {status} after {time.perf_counter() - start:.0f} s", flush=True)
+            if status:
+                failed.append(script)
         page = out / f"{Path(script).stem}.md"
         if page.exists():
             pages.append("#" + page.read_text(encoding="utf-8"))  # one level down
