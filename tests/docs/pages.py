@@ -6,6 +6,7 @@ give defaults for the Trainer's arguments; nothing is replaced.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,6 @@ def begin(namespace: dict[str, Any]) -> None:
     def loss(batch: Any) -> torch.Tensor:
         return cross_entropy(model(batch[0]), batch[1])
 
-    first = loss(batches[0])
-    first.backward()
     namespace |= {
         "_patch": patch,
         "_directory": directory,
@@ -114,11 +113,30 @@ def begin(namespace: dict[str, Any]) -> None:
         "curvature_batches": batches,
         "parameters": list(model.parameters()),
         "damped_module": Damped(),
-        "DampingController": DampingController,  # damping.md begins in the middle
         "optimizer": DiagonalFisher(model.parameters(), lr=0.1, damping=0.01),
+    }
+
+
+def begin_damping(namespace: dict[str, Any]) -> None:
+    """For docs/damping.md, which begins in the middle of a training loop and goes on with pairs of batches."""
+    begin(namespace)
+    batches, net = namespace["batches"], nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def loss(batch: Any) -> torch.Tensor:
+        return cross_entropy(net(batch[0]), batch[1])
+
+    first = loss(batches[0])
+    first.backward()
+    namespace |= {
+        "DampingController": DampingController,
+        "nn": nn,
+        "model": net,
+        "loss": loss,
+        "optimizer": DiagonalFisher(net.parameters(), lr=0.1, damping=0.01),
         "batch": batches[0],
         "other_batch": batches[1],
         "loss_of_this_batch": first,
+        "batches": list(itertools.pairwise(batches)),
     }
 
 
