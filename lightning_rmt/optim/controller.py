@@ -36,12 +36,13 @@ GAP = 0.2
 class DampingController:
     """Sets the damping of an optimizer so that its steps are neither too long nor too short on other data.
 
-    Three parts. *Start*: the closed form of the local law, where `update` was given a spectrum; then a search at the first
-    step, which is taken again with other dampings until it fits. *Run*: every so many steps, ``r = d'H d / (-g.d)`` along
+    Three parts. *Start*: a search at the first step, which is taken again with other dampings until it fits; it begins at
+    the closed form of the local law, where `update` was given a spectrum, else at the largest damping, so that what the
+    damping was has no say. *Run*: every so many steps, ``r = d'H d / (-g.d)`` along
     the step d (learning rate divided out) with the curvature H of an independent batch and the step's own gradient g; r is
     the inverse of the step length that H calls for, whatever the noise is like; the damping is multiplied by it, and by the
-    length ``lr / (1 - momentum)`` that momentum takes each gradient to, if that is above 1. The same
-    with the step's own batch's curvature counts where it is larger: near interpolation other batches show hardly any.
+    length ``lr / (1 - momentum)`` that momentum takes each gradient to, if that is above 1. The same with the step's own
+    batch's curvature counts where it is larger: near interpolation other batches show hardly any.
     *Guard*: a step after which its own batch's loss is ``guard`` times what it was is undone, bit for bit, and the damping
     raised.
 
