@@ -17,7 +17,7 @@ SCRIPTS = (
     "gan_loss_surfaces.py",
     "beyond_rmt.py",
     "geometry_of_loss_surfaces.py",
-    "damping.py",
+    "damping_as_shrinkage.py",
 )
 INTRODUCTION = """# The papers, reproduced
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import damping
+import damping_as_shrinkage as damping
 import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_all_that_is_asserted_holds(tmp_path, capsys):
     assert damping.main(["--quick", "--out", str(tmp_path)]) == 0
-    page = (tmp_path / "damping.md").read_text()
+    page = (tmp_path / "damping_as_shrinkage.md").read_text()
     assert "does not reproduce" in page
     assert "test accuracy, controller" in page
 

@@ -257,7 +257,7 @@ def networks(claims: Claims) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 where all that is asserted holds."""
     claims = Claims(
-        "damping",
+        "damping_as_shrinkage",
         "Damping as shrinkage",
         "Granziol, Baskerville, Wan, Albanie and Roberts, arXiv:2011.08181",
         "Damping a curvature matrix is shrinking it towards the identity with another learning rate, and its noise says how "
