@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from training import train_quietly
 
 from lightning_rmt import Reading, SpectrumMonitor
 
@@ -101,22 +97,7 @@ def digits() -> TensorDataset:
     return TensorDataset(torch.tensor(data.data, dtype=torch.float32) / 8 - 1, torch.tensor(data.target))
 
 
-def watch(module: Classifier, loader: DataLoader, epochs: int, **monitor: Any) -> list[Reading]:
+def watch(module: Classifier, loader: DataLoader, epochs: int, **monitor_options: Any) -> list[Reading]:
     """Trains under a SpectrumMonitor and loads what it saved."""
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        for words in (".*many workers.*", ".*smaller than the logging interval.*", ".*GPU available.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", words)
-        logging.disable(logging.INFO)
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="auto" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            logger=CSVLogger(folder),
-            callbacks=[SpectrumMonitor(noise=False, on_error="raise", figures_every=0, **monitor)],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(module, loader)
-        logging.disable(logging.NOTSET)
-        return [Reading.load(path) for path in sorted(Path(folder).rglob("*.npz"))]
+    monitor = SpectrumMonitor(noise=False, on_error="raise", figures_every=0, **monitor_options)
+    return train_quietly(module, loader, [monitor], max_epochs=epochs)

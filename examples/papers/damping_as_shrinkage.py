@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ from singd.optim.optimizer import SINGD
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from training import digits
+from training import digits, train_quietly
 
 from lightning_rmt import DampingController, Hessian, LocalLawDamping, estimate_spectrum
 from lightning_rmt.local_law.learner import DampingLearner, curvature_variance
@@ -194,26 +193,14 @@ def trained(make: Any, rate: float, steps: int, starts: tuple[float, ...]) -> En
             pl.seed_everything(0, verbose=False)
             module = Classifier(make(), start, rate)
             callbacks = {"fixed": [], "learner": [Learned(train)], "controller": [controller()]}[rule]
-            fit(module, train, steps, callbacks)
+            loader = DataLoader(TensorDataset(*train), 128, shuffle=True, drop_last=True)
+            train_quietly(module, loader, callbacks, max_steps=steps, max_epochs=-1)
             with torch.no_grad():
                 loss = float(cross_entropy(module.net(train[0]), train[1]))
                 accuracy = float((module.net(test[0]).argmax(1) == test[1]).double().mean())
             ends.losses.setdefault(rule, []).append(loss if math.isfinite(loss) else math.inf)
             ends.accuracies.setdefault(rule, []).append(accuracy)
     return ends
-
-
-def fit(module: Classifier, data: Any, steps: int, callbacks: list[Any]) -> None:
-    """A real Trainer, silent."""
-    with warnings.catch_warnings():
-        for words in (".*many workers.*", ".*logging interval.*", ".*GPU available.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", words)
-        trainer = pl.Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=callbacks,
-            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        )  # fmt: skip
-        loader = DataLoader(TensorDataset(*data), 128, shuffle=True, drop_last=True)
-        trainer.fit(module, loader)
 
 
 def networks(claims: Claims) -> None:

@@ -6,13 +6,9 @@ is left out. ``python examples/papers/gan_loss_surfaces.py [--full] [--out docs/
 
 from __future__ import annotations
 
-import logging
 import sys
-import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -21,11 +17,11 @@ from claims import Claims
 from gan_loss_surfaces_figures import law_figure, over_time_figure, spectrum_figure
 from gan_loss_surfaces_law import Blocks, control, couplings, read_blocks, simulate, split
 from misfit import Misfit, misfit, nearest
-from pytorch_lightning.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
+from training import train_quietly
 
 from lightning_rmt import Reading, SpectrumMonitor
 from lightning_rmt.laws import BlockSemicircle, Semicircle
@@ -137,23 +133,9 @@ def train(size: Size) -> tuple[DigitsGAN, Tensor, list[Reading]]:
         noise=False,
         on_error="raise",
     )
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        for words in (".*many workers.*", ".*smaller than the logging interval.*", ".*GPU available.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", words)
-        logging.disable(logging.INFO)
-        trainer = pl.Trainer(
-            max_epochs=size.epochs,
-            accelerator="auto" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            logger=CSVLogger(folder),
-            callbacks=[monitor],
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(gan, DataLoader(TensorDataset(images), batch_size=256, shuffle=True))
-        logging.disable(logging.NOTSET)
-        return gan.cpu(), images, [Reading.load(path) for path in sorted(Path(folder).rglob("*.npz"))]
+    loader = DataLoader(TensorDataset(images), batch_size=256, shuffle=True)
+    readings = train_quietly(gan, loader, [monitor], max_epochs=size.epochs)
+    return gan.cpu(), images, readings
 
 
 def played(claims: Claims, size: Size, gan: DigitsGAN, images: Tensor, readings: Sequence[Reading]) -> None:

@@ -6,10 +6,7 @@ gives one column, of every network's Hessian.
 
 from __future__ import annotations
 
-import logging
 import math
-import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,9 +14,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from training import train_quietly
 
 from lightning_rmt import GaussNewton, Hessian, Reading, SpectrumMonitor
 
@@ -151,23 +148,7 @@ def train(networks: Networks, data: Data, steps: int, *, watch: bool = True) -> 
     Networks that never came down to their level keep their last weights.
     """
     monitor = SpectrumMonitor(every_n_steps=steps - 1, probes=2, levels=None, figures_every=0, on_error="raise")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        for words in (".*many workers.*", ".*smaller than the logging interval.*", ".*GPU available.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", words)
-        logging.disable(logging.INFO)
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="auto" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            logger=CSVLogger(folder) if watch else False,
-            callbacks=[monitor] if watch else [],
-            default_root_dir=folder,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(networks, DataLoader([data] * steps, batch_size=None))
-        logging.disable(logging.NOTSET)
+    train_quietly(networks, DataLoader([data] * steps, batch_size=None), [monitor] if watch else [], max_epochs=1)
     networks.to(data[0].device)
     late = ~networks.passed.cpu()
     networks.kept = networks.kept.to(data[0].device)

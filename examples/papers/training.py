@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,43 @@ class Supervised(pl.LightningModule):
         return Hessian(lambda batch: self.loss(self.net(batch[0]), batch[1]), self.parameters(), [data])
 
 
+def train_quietly(
+    module: pl.LightningModule, loader: DataLoader, callbacks: Sequence[pl.Callback] = (), **limits: int
+) -> list[Reading]:
+    """Trains with a real Trainer that says nothing, in a folder that is gone afterwards.
+
+    Args:
+        module: what is trained; on a GPU, if there is one.
+        loader: its data.
+        callbacks: with a `SpectrumMonitor` among them there is a logger.
+        limits: ``max_epochs`` and the like.
+
+    Returns:
+        The readings that monitors saved, in their order.
+    """
+    watched = any(isinstance(callback, SpectrumMonitor) for callback in callbacks)
+    logging.disable(logging.INFO)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            for words in (".*many workers.*", ".*logging interval.*", ".*GPU available.*", ".*LeafSpec.*"):
+                warnings.filterwarnings("ignore", words)
+            trainer = pl.Trainer(
+                **limits,
+                accelerator="auto" if torch.cuda.is_available() else "cpu",
+                devices=1,
+                logger=CSVLogger(folder) if watched else False,
+                callbacks=list(callbacks),
+                default_root_dir=folder,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+            )
+            trainer.fit(module, loader)
+            return [Reading.load(path) for path in sorted(Path(folder).rglob("*.npz"))]
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def fit(
     module: Supervised, data: Data, *, epochs: int, batch: int = 64, seed: int = 0, **monitor: Any
 ) -> Reading | None:
@@ -78,21 +116,5 @@ def fit(
         steps = epochs * len(loader)
         last_window = steps - monitor.get("batches", 1)  # probes follow the windows that open at its multiples
         watch = SpectrumMonitor(every_n_steps=last_window or steps, on_error="raise", **monitor)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        for words in (".*many workers.*", ".*smaller than the logging interval.*", ".*GPU available.*", ".*LeafSpec.*"):
-            warnings.filterwarnings("ignore", words)
-        logging.disable(logging.INFO)
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="auto" if torch.cuda.is_available() else "cpu",
-            devices=1,
-            logger=CSVLogger(folder) if watch else False,
-            callbacks=[watch] if watch else [],
-            default_root_dir=folder,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        trainer.fit(module, loader)
-        logging.disable(logging.NOTSET)
+    train_quietly(module, loader, [watch] if watch else [], max_epochs=epochs)
     return watch.reading if watch else None
