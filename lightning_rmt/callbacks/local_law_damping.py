@@ -11,7 +11,7 @@ from lightning_rmt.callbacks.spectrum_monitor import SpectrumMonitor
 from lightning_rmt.krylov.collectives import LostRankError
 from lightning_rmt.live.damping import StepBatches, find_optimizer, refuse_sharding
 from lightning_rmt.live.fence import fence
-from lightning_rmt.live.gradients import gradient_norm
+from lightning_rmt.live.gradients import clips, gradient_norm
 from lightning_rmt.live.loss import LossFn, refuse_unusable_loss
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.ranks import Ranks
@@ -22,6 +22,7 @@ from lightning_rmt.optim.report import DampingReport
 from lightning_rmt.optim.settings import Mode
 from lightning_rmt.reading import Reading
 from lightning_rmt.report.damping import DampingReports
+from lightning_rmt.report.once import Once
 
 STATE_VERSION = 1
 REFUSED = "LocalLawDamping is refused on {}"
@@ -115,6 +116,9 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         self._ranks = Ranks()
         self._norm: float | None = None
         self._clipped: bool | None = None
+        self._looks = False
+        self._failure: Exception | None = None
+        self._once = Once()
         self._off = False
 
     @property
@@ -167,14 +171,21 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Copies the batch where this step or the next one is looked at: the training step may change it."""
         if not self._off and (self.controller.due or self.controller.due_next or self.controller.guards):
-            self._try(trainer, "copy a batch", lambda: self._batches.add(batch, batch_idx))
+            try:
+                self._batches.add(batch, batch_idx)
+            except Exception as error:  # told to the other ranks when the step is judged
+                self._failure = error
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Remembers where the step starts; closures have been called by now, and gradients aren't clipped yet."""
         if self._off or self._hook is None or self.controller.busy or optimizer is not self.controller.optimizer:
             return
-        self._norm = gradient_norm(optimizer) if self.controller.due else None
-        self._try(trainer, "look at a step", self.controller.before_step)
+        self._norm = gradient_norm(optimizer) if self.controller.due and clips(trainer, pl_module) else None
+        self._looks = self.controller.looks
+        try:
+            self.controller.before_step()
+        except Exception as error:
+            self._failure = error
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs what was seen of the step, and takes over a new reading."""
@@ -182,12 +193,12 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         if report is not None:
             self.report = report
             step, clipped = current_step(trainer), self._clipped
-            self._try(trainer, "write", lambda: self._reports.log(trainer.loggers, report, step, clipped))
+            self._try("write", lambda: self._reports.log(trainer.loggers, report, step, clipped))
         monitor = None if self._off else self._monitor(trainer)
         reading = None if monitor is None else monitor.reading
         if reading is not None and reading is not self._reading:
             self._reading = reading
-            self._try(trainer, "use the spectrum", lambda: self._take_over(trainer, reading))
+            self._try("use the spectrum", lambda: self._take_over(trainer, reading))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leaves the optimizer, and drops what would keep the module and its Trainer alive."""
@@ -212,7 +223,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def _after_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if self._off or self.controller.busy:
             return
-        if self.controller.looking:
+        if self._looks:
             self._judge_together(trainer, module, optimizer)
         else:
             self.controller.after_step()
@@ -221,6 +232,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def _judge_together(self, trainer: Any, module: Any, optimizer: Any) -> None:
         """On all ranks, or, if one has failed, never again on any."""
         try:
+            self._ranks.together(self._raise_failure, elsewhere=FAILED)  # before what it judges with waits for others
             self._ranks.together(lambda: self._judge(module, optimizer), elsewhere=FAILED)
         except LostRankError:
             raise
@@ -228,6 +240,12 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
             if self.on_error == "raise":
                 raise
             self._turn_off(trainer, f"it could not judge a step: {type(error).__name__}: {error}")
+
+    def _raise_failure(self) -> None:
+        """What went wrong on this rank since the last step."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _judge(self, module: Any, optimizer: Any) -> None:
         self._clipped = self._was_clipped()
@@ -237,10 +255,10 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         again = None if getattr(optimizer, "_step_supports_amp_scaling", False) else optimizer.step
         self._pending = self.controller.after_step(own, held_out, retake=again, clipped=self._clipped)
 
-    def _was_clipped(self) -> bool | None:
+    def _was_clipped(self) -> bool:
         norm, self._norm = self._norm, None
-        if norm is None or not norm > 0:
-            return None
+        if norm is None:  # nobody clips
+            return False
         return abs(gradient_norm(self.controller.optimizer) - norm) > CLIPPED * norm
 
     def _take_over(self, trainer: Any, reading: Reading) -> None:
@@ -275,7 +293,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
             self._hook.remove()
         self._hook = None
         self._batches.forget()
-        self._pending = self._reading = None
+        self._pending = self._reading = self._failure = None
         self.controller.detach()
         for name in ("log", "log_dict"):  # Lightning binds the module's own to every callback, anew for every run
             self.__dict__.pop(name, None)
@@ -286,13 +304,13 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         if trainer.is_global_zero:
             warnings.warn(f"LocalLawDamping {self.name!r} is off: {reason}", stacklevel=4)
 
-    def _try(self, trainer: Any, what: str, act: Callable[[], object]) -> None:
-        """A failure is never the training's."""
+    def _try(self, what: str, act: Callable[[], object]) -> None:
+        """A failure here may be this rank's alone: the others go on judging steps, and so does it."""
         try:
             act()
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self._turn_off(
-                trainer, f"it could not {what}, the training goes on without it: {type(error).__name__}: {error}"
-            )
+            reason = f"it could not {what}: {type(error).__name__}: {error}"
+            if self._once.is_new(reason):
+                warnings.warn(f"LocalLawDamping {self.name!r}: {reason} (said once)", stacklevel=4)

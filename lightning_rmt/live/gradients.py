@@ -48,6 +48,13 @@ def own_scale(trainer: Any, optimizer: Any) -> float:
     return 1.0 / float(scaler.get_scale())
 
 
+def clips(trainer: Any, module: Any) -> bool:
+    """Whether gradients are clipped after ``on_before_optimizer_step``: by the Trainer, or in the module's own hook."""
+    hook = type(module).configure_gradient_clipping
+    own = not hook.__module__.startswith(("pytorch_lightning.", "lightning."))
+    return own or bool(trainer.gradient_clip_val)
+
+
 def gradient_norm(optimizer: Any) -> float:
     """Euclidean norm of the dense gradients of all that an optimizer trains."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -282,17 +282,13 @@ class DampingController:
         knob = self._knob
         optimizer = knob.optimizer
         knob.look_for_others()
-        guarded = self.guards
-        measured = self.due and knob.method != "local-law"
-        undo = guarded or (measured and knob.searching)
-        wanted = guarded or measured
         self._taken = None
-        if wanted:
+        if self.looks:
             assert self._outside is not None
             self._taken = TakenStep(
                 optimizer,
                 knob.target,
-                undo=undo,
+                undo=self.guards or knob.searching,
                 outside=self._outside,
                 buffers=self._buffers,
                 surroundings=self._surroundings,
@@ -351,9 +347,9 @@ class DampingController:
         return self._knob.guards
 
     @property
-    def looking(self) -> bool:
-        """Whether the step that was just taken waits for `after_step` to look at it."""
-        return self._taken is not None and not self._busy
+    def looks(self) -> bool:
+        """Whether the step that comes is measured or guarded: the same on all ranks."""
+        return self.guards or (self.due and self._knob.method != "local-law")
 
     @property
     def busy(self) -> bool:

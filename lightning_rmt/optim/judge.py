@@ -45,7 +45,11 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
             refused = str(error)
             proposal = knob.damping
     state.products += look.products
-    rejected = knob.guards and _guard(knob, look, asked)
+    rejected = False
+    try:
+        rejected = knob.guards and _guard(knob, look, asked)
+    except NoCalibrationError as error:  # the loss can't be had: no reason to take a step back
+        refused = refused or str(error)
     if rejected:
         state.guarded_until = max(state.guarded_until, state.steps + 1 + settings.every)
         proposal = max(proposal, knob.damping * settings.guard_factor)

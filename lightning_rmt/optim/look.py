@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,22 +71,21 @@ class Look:
         Raises:
             NoCalibrationError: some rank can't say, or momentum takes the step uphill.
         """
-        reason: NoCalibrationError | None = None
-        curvatures, direction = [math.nan, math.nan], None
-        try:
+        directions: list[Direction] = []
+
+        def measure() -> list[float]:
             if held_out is None:
                 raise NoCalibrationError("no loss of an independent batch was given")
-            direction = self.taken.proposed()
+            directions.append(self.taken.proposed())
+            curvatures = [math.nan, math.nan]
             for place, loss in enumerate((held_out, own)):
-                if loss is not None and math.isfinite(direction.length):
+                if loss is not None and math.isfinite(directions[0].length):
                     self.products += 1
-                    curvatures[place] = self.taken.curvature(loss, direction.unit)
-        except NoCalibrationError as error:
-            reason = error
-        slope = math.nan if direction is None else direction.slope
-        *curvatures, slope, failed = self._mean([*curvatures, slope, float(reason is not None)])
-        if failed or direction is None:
-            raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
+                    curvatures[place] = self.taken.curvature(loss, directions[0].unit)
+            return [*curvatures, directions[0].slope]
+
+        *curvatures, slope = self._means(measure, 3)
+        direction = directions[0]
         # damped curvature that isn't positive makes steps uphill
         if not math.isfinite(direction.length) or (slope >= 0 and direction.pure):
             return Ratio(math.inf, None if own is None else math.inf, direction, self.taken.reach)
@@ -104,15 +104,21 @@ class Look:
         Args:
             loss: of that batch.
             before: its value before the step, where it is known.
+
+        Raises:
+            NoCalibrationError: it can't be had on some rank.
         """
-        if self._losses is None:
-            if before is None:
+
+        def measure() -> list[float]:
+            start = before.detach() if isinstance(before, Tensor) else before
+            if start is None:
                 with self.taken.at_start():
-                    before = self.taken.value(loss)
-            elif isinstance(before, Tensor):
-                before = before.detach()
-            found = self._mean([float(before), self.taken.value(loss)])
-            self._losses = found[0], found[1]
+                    start = self.taken.value(loss)
+            return [float(start), self.taken.value(loss)]
+
+        if self._losses is None:
+            start, end = self._means(measure, 2)
+            self._losses = start, end
         return self._losses
 
     def forget_losses(self) -> None:
@@ -128,19 +134,16 @@ class Look:
         Raises:
             NoCalibrationError: some rank can't say.
         """
-        reason: NoCalibrationError | None = None
-        predicted = math.nan
-        try:
+
+        def measure() -> list[float]:
             direction = self.taken.applied()
-            if math.isfinite(direction.length):
-                self.products += 1
-                curvature = self.taken.curvature(loss, direction.unit)
-                predicted = direction.length * (direction.slope + direction.length * curvature / 2)
-        except NoCalibrationError as error:
-            reason = error
-        predicted, failed = self._mean([predicted, float(reason is not None)])
-        if failed:
-            raise reason or NoCalibrationError("another rank couldn't measure the curvature along the step")
+            if not math.isfinite(direction.length):
+                return [math.nan]
+            self.products += 1
+            curvature = self.taken.curvature(loss, direction.unit)
+            return [direction.length * (direction.slope + direction.length * curvature / 2)]
+
+        (predicted,) = self._means(measure, 1)
         start, end = self.losses(loss, before)
         return (end - start) / predicted if predicted < 0 and math.isfinite(end) else -math.inf
 
@@ -151,11 +154,29 @@ class Look:
             clipped: whether this one was; of several ranks the share counts.
             before: the share before it, None for the first.
         """
-        (share,) = self._mean([float(clipped)])
+        (share,) = self._means(lambda: [float(clipped)], 1)
         return share if before is None else before + (share - before) / MEMORY
 
-    def _mean(self, numbers: list[float]) -> list[float]:
-        return mean_over_ranks(numbers, self._group, self.taken.device)
+    def _means(self, measure: Callable[[], list[float]], count: int) -> list[float]:
+        """Means over the ranks of what each of them measures: so many numbers; where one fails, all do.
+
+        Raises:
+            NoCalibrationError: some rank can't say. Of several ranks that goes for whatever its loss raises; where nobody
+                waits, that is raised itself.
+        """
+        found, reason = [math.nan] * count, None
+        try:
+            found = measure()
+        except NoCalibrationError as error:
+            reason = error
+        except Exception as error:
+            if self._group is None:
+                raise
+            reason = NoCalibrationError(f"{type(error).__name__}: {error}")
+        *found, failed = mean_over_ranks([*found, float(reason is not None)], self._group, self.taken.device)
+        if failed:
+            raise reason or NoCalibrationError("another rank couldn't measure the step")
+        return found
 
 
 def same_direction(one: Ratio, other: Ratio) -> bool:

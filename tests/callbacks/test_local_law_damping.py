@@ -247,6 +247,20 @@ def test_clipping_is_seen(tmp_path):
     assert watch._clipped is False
 
 
+def test_an_optimizer_that_rewrites_its_gradients_does_not_clip_them(tmp_path):
+    class Rewriting(Kronecker):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p.grad.mul_(0.1)
+            return loss
+
+    watch = LocalLawDamping(on_error="raise")
+    module = Module(start=0.1, optimizer=lambda module: Rewriting(module.model, module.rate, module.start))
+    fit([watch], tmp_path, module)
+    assert watch._clipped is False
+
+
 def test_a_failure_is_a_warning_and_the_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_rmt.optim.controller.judge", lambda *_: 1 / 0)
     watch = LocalLawDamping()

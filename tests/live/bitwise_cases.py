@@ -142,3 +142,22 @@ CASES = (
     ),
     Case("embeddings, LSTM, attention", lambda: Plain(Sequence()), tokens),
 )
+
+#: Names of cases that differ most from each other, for callbacks that only read.
+REPRESENTATIVE = (
+    "mlp, SGD",
+    "mlp, Adam, scheduler, torchmetrics",
+    "LBFGS",
+    "batch norm, momentum 0.1",
+    "spectral and weight norm",
+    "GAN, manual optimization",
+    "accumulate 4",
+    "accumulate 3, clip",
+    "bf16-mixed",
+    "bf16-true",
+    "gradient scaler, clip",
+    "compiled, aot_eager",
+    "SWA with its batch norm epoch",
+    "embeddings, LSTM, attention",
+    "deterministic",
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bitwise_cases import CASES
+from bitwise_cases import CASES, REPRESENTATIVE
 from harness import Case, differences, train
 from several_ranks import on_two_ranks
 from test_bitwise_distributed import CASES as ON_TWO_RANKS
@@ -17,25 +18,7 @@ from lightning_rmt.live.namespaces import MisconfigurationException
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 
 # every optimizer has a learning rate, which is as good a number to look at as any
-NAMES = (
-    "mlp, SGD",
-    "mlp, Adam, scheduler, torchmetrics",
-    "LBFGS",
-    "batch norm, momentum 0.1",
-    "spectral and weight norm",
-    "GAN, manual optimization",
-    "accumulate 4",
-    "accumulate 3, clip",
-    "bf16-mixed",
-    "bf16-true",
-    "gradient scaler, clip",
-    "compiled, aot_eager",
-    "SWA with its batch norm epoch",
-    "state in Python attributes",
-    "momentum encoder",
-    "embeddings, LSTM, attention",
-    "deterministic",
-)
+NAMES = (*REPRESENTATIVE, "state in Python attributes", "momentum encoder")
 
 REFUSED = {"LBFGS": "the step changed no weight", "embeddings, LSTM, attention": "a gradient is sparse"}
 
@@ -84,9 +67,48 @@ def test_two_ranks_agree(name, tmp_path):
     assert not two["said"]
 
 
-def refused_on_this_rank(case: Case, mode: str, directory: Path) -> list[str]:
-    import warnings
+class Breaking(LocalLawDamping):
+    """Fails on one rank alone, in the place that is asked for."""
 
+    place = ""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.place == "batch" and trainer.global_rank == 1:
+            self._batches.add = self.broken
+        if self.place == "look" and trainer.global_rank == 1:
+            self.controller.before_step = self.broken
+        if self.place == "write" and trainer.global_rank == 0:
+            self._reports.log = self.broken
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def broken(self, *_: Any) -> None:
+        raise OSError("no space left")
+
+
+def broken_on_this_rank(case: Case, place: str, directory: Path) -> dict[str, Any]:
+    def trained() -> tuple[Breaking, Any]:
+        watch = Breaking(DampingController("lr", every=2))
+        watch.place = place
+        return watch, train(case, directory, watch)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch, found = trained()
+    said = [str(w.message) for w in caught if "LocalLawDamping" in str(w.message)]
+    return {"differences": differences(found, train(case, directory)), "off": watch._off, "said": said}
+
+
+@pytest.mark.parametrize("place", ["batch", "look", "write"])
+def test_a_rank_that_fails_alone_keeps_no_other_waiting(place, tmp_path):
+    case = next(case for case in ON_TWO_RANKS if case.name == "ddp")
+    one, two = on_two_ranks(broken_on_this_rank, tmp_path, case, place, tmp_path)
+    assert one["differences"] == two["differences"] == []
+    assert one["off"] == two["off"] == (place != "write")
+    assert len(one["said"]) == 1
+    assert "no space left" in one["said"][0]
+
+
+def refused_on_this_rank(case: Case, mode: str, directory: Path) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

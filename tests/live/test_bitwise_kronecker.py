@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitwise_cases import CASES
+from bitwise_cases import CASES, REPRESENTATIVE
 from harness import Case, differences, train
 from live_models import Classifier, vectors
 from several_ranks import on_two_ranks
@@ -20,24 +20,7 @@ from lightning_rmt.live.namespaces import MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
 
-NAMES = (
-    "mlp, SGD",
-    "mlp, Adam, scheduler, torchmetrics",
-    "LBFGS",
-    "batch norm, momentum 0.1",
-    "spectral and weight norm",
-    "GAN, manual optimization",
-    "accumulate 4",
-    "accumulate 3, clip",
-    "bf16-mixed",
-    "bf16-true",
-    "gradient scaler, clip",
-    "compiled, aot_eager",
-    "SWA with its batch norm epoch",
-    "optimizer in backward",
-    "embeddings, LSTM, attention",
-    "deterministic",
-)
+NAMES = (*REPRESENTATIVE, "optimizer in backward")
 
 
 def diagnostics() -> KroneckerDiagnostics:

@@ -39,11 +39,15 @@ def run(rows, group=None, poison=None, kind="error"):
         optimizer.loss().backward()
 
         def mine(own=own, loss=loss, step=step):
+            if poison == step and kind == "own":
+                raise RuntimeError("no such file")
             return loss(own[rows]) * (float("nan") if poison == step and kind == "nan" else 1.0)
 
         def held_out(other=other, loss=loss, step=step):
             if poison == step and kind == "error":
                 raise ValueError("the batch of this rank is broken")
+            if poison == step and kind == "unforeseen":
+                raise RuntimeError("no such file")
             return loss(other[rows])
 
         report = control.step(mine, held_out)
@@ -76,6 +80,21 @@ def test_a_rank_that_fails_makes_all_refuse(tmp_path):
     assert not first[4][3]
     assert first[6][3]
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("kind", "step"), [("unforeseen", 4), ("own", 4), ("own", 5)])
+def test_whatever_a_rank_s_loss_raises_the_others_do_not_wait_for_it(kind, step, tmp_path):
+    """In a measured step, and, of its own batch, in one that is only guarded."""
+    (first, p), (second, q) = on_two_ranks(on_rank, tmp_path, step, kind)
+    assert [seen[:4] for seen in first] == [seen[:4] for seen in second]
+    assert [seen[3] for seen in first] == [place != step for place in range(STEPS)]
+    assert not first[step][2]
+    assert torch.equal(p, q)
+
+
+def test_alone_it_is_raised():
+    with pytest.raises(RuntimeError, match="no such file"):
+        run(slice(None), poison=4, kind="unforeseen")
 
 
 def test_a_loss_that_is_nan_on_one_rank_undoes_the_step_on_all(tmp_path):
