@@ -22,6 +22,7 @@ from lightning_rmt.local_law.cleaning import Cleaned, clean, wigner_gap
 from lightning_rmt.local_law.damping import self_consistent_damping, self_consistent_damping_error
 from lightning_rmt.local_law.noise import NoiseScale
 from lightning_rmt.spectra.archive import read_arrays
+from lightning_rmt.spectra.levels import Level
 from lightning_rmt.spectra.spectrum import Spectrum
 
 BLOCK_META = ("name", "description", "noise", "seconds")
@@ -67,6 +68,10 @@ class Reading:
             basis); empty where none was due.
         batch_law: the largest outliers on parts of the batches, and how they grow as batches shrink; None where that wasn't
             asked for at this reading, or a note says why it can't be had.
+        preconditioned: the optimizer in whose metric everything is measured (``"Adam"``), so that the spectrum is that of
+            P^(-1/2) H P^(-1/2); None for the ordinary spectrum.
+        stability_limit: of the largest eigenvalue there, for this optimizer's next step; None for an ordinary spectrum, and
+            where the learning rate is 0.
     """
 
     step: int
@@ -91,6 +96,8 @@ class Reading:
     curvature_noise: NoiseScale | None = None
     preconditioner: Mapping[str, float] = field(default_factory=dict)
     batch_law: BatchLaw | None = None
+    preconditioned: str | None = None
+    stability_limit: float | None = None
 
     @property
     def light(self) -> bool:
@@ -101,10 +108,22 @@ class Reading:
     def sharpness_times_lr(self) -> float | None:
         """``lambda_max * lr``; gradient descent on a quadratic is stable below 2 (Cohen et al. 2021).
 
-        None without a learning rate, or where a light reading didn't certify lambda_max.
+        None without a learning rate, where a light reading didn't certify lambda_max, or in an optimizer's metric, whose
+        limit isn't 2 (see `sharpness_over_limit`).
         """
-        unknown = self.light and not self.spectrum.lambda_max.certified
+        unknown = self.preconditioned is not None or (self.light and not self.spectrum.lambda_max.certified)
         return None if self.learning_rate is None or unknown else self.spectrum.lambda_max.value * self.learning_rate
+
+    @property
+    def sharpness_over_limit(self) -> Level | None:
+        """lambda_max in the optimizer's metric over its `stability_limit` (Cohen et al. 2022): 1 is the edge of stability.
+
+        None without a limit, or where a light reading didn't certify lambda_max.
+        """
+        found, limit = self.spectrum.lambda_max, self.stability_limit
+        if limit is None or (self.light and not found.certified):
+            return None
+        return Level(found.value / limit, found.residual / limit, found.certified)
 
     @cached_property
     def laws(self) -> Ranking:
@@ -148,10 +167,15 @@ class Reading:
         None where the noise isn't known.
 
         Raises:
-            ValueError: it can't be had (`NoDampingError`), or a step has more samples than the spectrum's batches.
+            ValueError: it can't be had (`NoDampingError`), a step has more samples than the spectrum's batches, or the
+                spectrum is the one in an optimizer's metric.
         """
         if self.noise is None or self.curvature_noise is None:
             return None
+        if self.preconditioned is not None:
+            raise ValueError(
+                "a damping is added to the curvature itself, and this is the one in the optimizer's metric"
+            )
         return self_consistent_damping(self.noise.mean, self.spectrum, spectrum_noise=self.curvature_noise.mean)
 
     def wigner_gap(self) -> float | None:

@@ -105,6 +105,24 @@ def refuse_bad_levels(levels: object, curvature: str) -> None:
         )
 
 
+def refuse_bad_metric(preconditioned: bool, curvature: str, product: str, levels: object) -> None:
+    """Refuses what isn't measured in the optimizer's metric."""
+    if not preconditioned:
+        return
+    if curvature == "gradient_covariance":
+        raise ValueError('preconditioned=True is about the curvature of the loss: take curvature="hessian" or "ggn"')
+    if product == "finite_difference":
+        raise ValueError(
+            "preconditioned=True takes exact products: the error of finite differences is known in the plain coordinates "
+            'only, and the metric may make much more of it; take product="auto" or "exact"'
+        )
+    if levels is not None and levels != "auto":
+        raise ValueError(
+            'level statistics are those of the Hessian\'s exact blocks: with preconditioned=True leave levels="auto" (which '
+            "then takes none) or None, and give the blocks to a second monitor with another name"
+        )
+
+
 def refuse_bad_blocks(blocks: object) -> None:
     """Refuses what isn't a list of groups."""
     if blocks is not None and (isinstance(blocks, str) or not isinstance(blocks, (list, tuple)) or not blocks):

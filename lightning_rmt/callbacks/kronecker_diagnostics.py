@@ -216,7 +216,8 @@ class KroneckerDiagnostics(*callback_bases()):  # type: ignore[misc]
             self._suggested = True
             return
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, SpectrumMonitor)]
-        whole = [monitor for monitor in monitors if monitor.curvature == "hessian" and monitor.parameters is None]
+        plain = [monitor for monitor in monitors if monitor.curvature == "hessian" and not monitor.preconditioned]
+        whole = [monitor for monitor in plain if monitor.parameters is None]
         reading = whole[0].reading if whole else None
         if whole and reading is None:
             return

@@ -137,7 +137,8 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         if self.controller.settings.method == "local-law" and self._monitor(trainer) is None:
             raise MisconfigurationException(
                 'LocalLawDamping: method="local-law" takes the damping from a spectrum, and no SpectrumMonitor(noise=True) '
-                'of the Hessian or the Gauss-Newton matrix is among the callbacks. Add one, or use method="heldout"'
+                "of the Hessian or the Gauss-Newton matrix in the plain coordinates (preconditioned=False) is among the "
+                'callbacks. Add one, or use method="heldout"'
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -281,7 +282,10 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         fit = [
             callback
             for callback in trainer.callbacks
-            if isinstance(callback, SpectrumMonitor) and callback.noise and callback.curvature != "gradient_covariance"
+            if isinstance(callback, SpectrumMonitor)
+            and callback.noise
+            and callback.curvature != "gradient_covariance"
+            and not callback.preconditioned  # a damping is added to the curvature in the plain coordinates
         ]
         return next((monitor for monitor in fit if monitor.name == self.name), fit[0] if fit else None)
 

@@ -13,6 +13,7 @@ from lightning_rmt.callbacks.arguments import (
     choose,
     refuse_bad_blocks,
     refuse_bad_levels,
+    refuse_bad_metric,
     refuse_bad_values,
 )
 from lightning_rmt.krylov.collectives import LostRankError
@@ -24,6 +25,7 @@ from lightning_rmt.live.measurement import measure_live
 from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
+from lightning_rmt.live.optimizer_metric import NotSteppedError, refuse_no_metric
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks, refuse_differences
 from lightning_rmt.live.schedule import Decision, Schedule, Speed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
@@ -102,6 +104,11 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             the curvature batches, and fit how they grow as batches shrink (``batch_law/<i>/...``; arXiv 2205.08601). It
             needs 16 samples a rank and takes 28 Lanczos runs of up to 40 products on 1/4, 1/8 and 1/16 of them (60 on 1/4 to
             1/32 from 64 samples on): some 60 to 100 products on all of the batches, 160 at most. None: never.
+        preconditioned: measure P^(-1/2) H P^(-1/2) instead of H, with the P that the optimizer divides its steps by (Adam:
+            ``sqrt(vhat) + eps`` from its own state), so that all of the spectrum is in the optimizer's metric, and log
+            where it stands against this optimizer's edge of stability: ``preconditioned/sharpness_over_limit``. For
+            Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and Adagrad; SGD has P = 1 and a limit with its momentum. For the
+            ordinary spectrum beside it take a second monitor with another ``name``.
         microbatch: samples per gradient, for ``"gradient_covariance"``; every gradient is kept, so larger ones save memory
             and estimate the same matrix.
         product: ``"exact"`` (double backward, about two gradients), ``"auto"`` (exact, unless an operation of the model has
@@ -148,6 +155,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         blocks: list[str] | None = None,
         noise: bool = True,
         batch_law_every: int | None = None,
+        preconditioned: bool = False,
         microbatch: int = 1,
         product: Literal["auto", "exact", "finite_difference"] = "auto",
         autocast: bool = False,
@@ -165,6 +173,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         choose("rank_weights", rank_weights, ("equal", "samples"))
         choose("on_error", on_error, ("warn", "raise"))
         refuse_bad_levels(levels, curvature)
+        refuse_bad_metric(preconditioned, curvature, product, levels)
         refuse_bad_blocks(blocks)
         if batch_law_every is not None:
             at_least_one(batch_law_every=batch_law_every)
@@ -179,6 +188,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.blocks = blocks
         self.noise = noise
         self.batch_law_every = batch_law_every
+        self.preconditioned = preconditioned
         self.microbatch = microbatch
         self.product = product
         self.autocast = autocast
@@ -215,7 +225,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             product=self.product,
             parameters=self.parameters,
             blocks=self.blocks,
-            levels=self.levels if self.curvature == "hessian" else None,
+            levels=self.levels if self.curvature == "hessian" and not self.preconditioned else None,
             loss_fn=self.loss_fn,
             outputs_fn=self.outputs_fn,
             autocast=self.autocast,
@@ -227,6 +237,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             batches=self._schedule.batches,
             seed=self.seed,
             name=self.name,
+            preconditioned=self.preconditioned,
         )
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -246,7 +257,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             refuse_missing_outputs(pl_module, self.curvature, self.outputs_fn)
         else:
             refuse_unusable_loss(pl_module, self.loss_fn)
-        refuse_no_batch_law(self.batch_law_every, self.curvature, self.product)
+        refuse_no_batch_law(self.batch_law_every, self.curvature, self.product, self.preconditioned)
         if not trainer.is_global_zero:  # nobody else writes
             return
         consumed = any(getattr(callback, "consumes_readings", False) for callback in trainer.callbacks)
@@ -280,6 +291,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             refuse_unmatched_parameters(pl_module, self.parameters)
         refuse_unusable_levels(pl_module, self.levels, self.parameters)
         refuse_unusable_blocks(pl_module, self.blocks, self.parameters)
+        if self.preconditioned:
+            refuse_no_metric(trainer, pl_module, self.parameters)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Copies the batch if a probe is coming up: the training step may change it."""
@@ -401,6 +414,9 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
                 learned=self._learned,
                 memory=self._memory,
             )
+        except NotSteppedError as reason:  # no failure either, even with on_error="raise"
+            self._skip(trainer, str(reason))
+            return None
         except LostRankError:  # no failure of the probe's: the training can't go on either
             raise
         except Exception as error:
@@ -441,6 +457,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             noise=None if probed.noise is None else probed.noise.at(step_samples, population),
             curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples, population),
             batch_law=probed.batch_law,
+            preconditioned=None if probed.metric is None else " and ".join(probed.metric.optimizers),
+            stability_limit=None if probed.metric is None else probed.metric.limit,
         )
         if speed == "light":
             self.light_reading = reading
@@ -502,6 +520,16 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         finally:
             error = None  # or its traceback's frame would hold it, and with it all that it refers to
         return batches
+
+    def _skip(self, trainer: Any, reason: str) -> None:
+        """Passes over a probe for which it is too early; said once."""
+        self._collector.take()
+        self._capture_error = None
+        if self._once.is_new(reason) and trainer.is_global_zero:
+            warnings.warn(
+                f"SpectrumMonitor {self.name!r} skips its probe after step {current_step(trainer)}: {reason} (said once)",
+                stacklevel=3,
+            )
 
     def _probe_failed(self, trainer: Any, error: Exception) -> None:
         """Warns once for each reason; turns the monitor off after repeated failures, and says so."""

@@ -46,7 +46,9 @@ def most_products(settings: ProbeSettings) -> int:
     return MOST_SIZES * min(settings.lanczos_steps, MOST_STEPS) if settings.batch_law else 0
 
 
-def refuse_no_batch_law(batch_law_every: int | None, curvature: str, product: str) -> None:
+def refuse_no_batch_law(
+    batch_law_every: int | None, curvature: str, product: str, preconditioned: bool = False
+) -> None:
     """Refuses a fit that could never be had, before the first step.
 
     Raises:
@@ -57,6 +59,11 @@ def refuse_no_batch_law(batch_law_every: int | None, curvature: str, product: st
     if curvature == "gradient_covariance":
         raise MisconfigurationException(
             'batch_law_every is about the curvature of the loss: with curvature="gradient_covariance" leave it None'
+        )
+    if preconditioned:
+        raise MisconfigurationException(
+            "batch_law_every fits a law of the Hessian's outliers, which was never tested in an optimizer's metric: with "
+            "preconditioned=True leave it None, and give it to a second monitor with another name"
         )
     if product == "finite_difference":
         raise MisconfigurationException(

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_rmt.curvature.distributed import RankSum
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
+from lightning_rmt.curvature.scaled import Scaled
 from lightning_rmt.curvature.sharded_differences import ShardedDifferenceHessian
 from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
@@ -28,6 +29,7 @@ from lightning_rmt.live.memory import Memory, Plan, least_plan
 from lightning_rmt.live.noise import OutlierDirections, measure_noise, vectors_of
 from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_exact_parts
 from lightning_rmt.live.operators import build_operator, hook_notes
+from lightning_rmt.live.optimizer_metric import live_metric, metric_notes
 from lightning_rmt.live.preconditioning import due_preconditioner, feed, state_of
 from lightning_rmt.live.progress import probe_progress
 from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
@@ -37,6 +39,7 @@ from lightning_rmt.live.sharding import try_room_for_whole, unsharded
 from lightning_rmt.live.training import dataset_size
 from lightning_rmt.local_law.batch_law import BatchLaw
 from lightning_rmt.local_law.noise import NoiseScale
+from lightning_rmt.optim.diagonal_metric import DiagonalMetric
 from lightning_rmt.probe import Measurement, Until, measure
 from lightning_rmt.spectra.spectrum import Spectrum
 from lightning_rmt.spectra.stopping import CertifiedEnds, Settled
@@ -61,6 +64,7 @@ class LiveMeasurement:
         preconditioner: what the training's preconditioner was fed; empty where none was due.
         batch_law: outliers of parts of the batches; only a full probe whose turn it is has them.
         batch_law_seconds: that these took.
+        metric: of the optimizers, where that was measured in; without its diagonal.
     """
 
     measurement: Measurement
@@ -77,6 +81,7 @@ class LiveMeasurement:
     preconditioner: Mapping[str, float] = field(default_factory=dict)
     batch_law: BatchLaw | None = None
     batch_law_seconds: float = 0.0
+    metric: DiagonalMetric | None = None
 
 
 def measure_live(
@@ -109,6 +114,7 @@ def measure_live(
 
     Raises:
         OtherRankFailedError: another rank failed.
+        NotSteppedError: on all ranks, there is no optimizer's metric yet to measure in.
         Exception: whatever went wrong here.
     """
     begin = time.perf_counter()
@@ -118,6 +124,10 @@ def measure_live(
     probes = settings.probes if light is None else 1
     if ranks.differing([step, int(light is not None), int(settings.batch_law)]):
         raise OtherRankFailedError(f"ranks are at different steps or probes, this one at a probe after step {step}")
+    metric = live_metric(trainer, module, settings.parameters, ranks) if settings.preconditioned else None
+    about_metric, of_metric = ((), ()) if metric is None else metric_notes(metric)
+    if metric is not None:
+        settings, metric = replace(settings, scale=metric.scale), replace(metric, scale=None)
     whole = gathers(module, settings, probes, memory, ranks, trainer.strategy.root_device)
     settings, left_out = (settings, ()) if whole else without_exact_parts(settings)
     with ExitStack() as stack:
@@ -166,7 +176,7 @@ def measure_live(
             )
             memory.try_out(operator, plan, rows)  # here, where a rank may still fail alone
             missing = _missing_batches(fewest, settings.batches)
-            return operator, plan, (*hooks, *warnings), (*missing, *notes, *left_out)
+            return operator, plan, (*hooks, *about_metric, *warnings), (*missing, *of_metric, *notes, *left_out)
 
         # Several stages, since what follows each of them is a collective, which every rank must reach.
         batches, hooks = ranks.together(enter)
@@ -208,10 +218,12 @@ def measure_live(
         names = operator.block.names if isinstance(operator, CurvatureOperator) else operator.names
         found = learned
         if isinstance(operator, CurvatureOperator):
-            product = "exact" if isinstance(operator, Hessian) else learned.product
+            product = "exact" if isinstance(operator, (Hessian, Scaled)) else learned.product
             found = replace(learned, product=product, at_once=operator.at_once if probes > 1 else learned.at_once)
         samples, product_error = int(shared.samples), shared.product_error
-        result = LiveMeasurement(measurement, samples, names, warnings, notes, found, product_error, batches=fewest)
+        result = LiveMeasurement(
+            measurement, samples, names, warnings, notes, found, product_error, batches=fewest, metric=metric
+        )
         if not isinstance(operator, CurvatureOperator):
             return result
         kind: Any = {"exact": shared.exact, "mixed_precision": settings.autocast and "mixed" in str(trainer.precision)}

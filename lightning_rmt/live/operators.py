@@ -16,6 +16,7 @@ from lightning_rmt.curvature.gauss_newton import GaussNewton
 from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import hooked_parameters, select_parameters
+from lightning_rmt.curvature.scaled import Scaled
 from lightning_rmt.krylov.lanczos import rounding_noise, start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
 from lightning_rmt.live.loss import curvature_loss
@@ -89,6 +90,8 @@ def build_operator(
     operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory, agree)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
+    if settings.scale is not None:
+        operator = Scaled(operator, settings.scale)
     return operator, (*fallback, *unused_warning(operator.unused)), notes
 
 
@@ -119,6 +122,11 @@ def _operator(
             memory.graphs = hessian.graph_bytes()
             hessian.matvec(start_vector(hessian, 0))  # some operations fail only here
     except SecondDerivativeError as error:
+        if settings.preconditioned:  # how far differences err in the optimizer's metric isn't known
+            raise CurvatureError(
+                f"PyTorch has no second derivative of {error.operation}, and preconditioned=True takes exact products: give "
+                'a loss without it (loss_fn=), or take curvature="ggn"'
+            ) from error
         if product == "exact":
             raise
         why = f"PyTorch has no second derivative of {error.operation}"
@@ -171,7 +179,7 @@ def unused_warning(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"no gradient reaches {_listed(names)}: unused, or behind a reentrant activation checkpoint; they are zeros in the "
+        f"no gradient reaches {listed(names)}: unused, or behind a reentrant activation checkpoint; they are zeros in the "
         "spectrum",
     )
 
@@ -185,12 +193,13 @@ def hook_notes(module: Any) -> tuple[str, ...]:
     if not hooked:
         return ()
     return (
-        f"gradient hooks on {_listed(hooked)} are off during the probe: this is the curvature of the loss itself, not of "
+        f"gradient hooks on {listed(hooked)} are off during the probe: this is the curvature of the loss itself, not of "
         "what the hooks make of its gradient",
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

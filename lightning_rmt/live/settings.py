@@ -21,7 +21,8 @@ OutputsFn = Callable[[Any, Any], "tuple[Any, Callable[[Any], Tensor]]"]
 class ProbeSettings:
     """What is measured, and how; the arguments of `SpectrumMonitor` of the same names.
 
-    ``batch_law`` is whether it is this probe's turn to fit the outlier map (``batch_law_every``).
+    ``batch_law`` is whether it is this probe's turn to fit the outlier map (``batch_law_every``). ``scale`` is set by the
+    probe: the diagonal S that makes a matrix C into S C S, shape (n,); None for C itself.
     """
 
     curvature: Curvature
@@ -41,6 +42,8 @@ class ProbeSettings:
     rank_weights: RankWeights = "equal"
     noise: bool = False
     batch_law: bool = False
+    preconditioned: bool = False
+    scale: Tensor | None = None
 
     @property
     def first_order(self) -> bool:

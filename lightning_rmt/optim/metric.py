@@ -77,12 +77,12 @@ def inverse_roots(
         if metric == "identity":
             roots.append(torch.full((), share, dtype=block.dtype, device=p.device))
             continue
-        denominator = _adam_denominator(base.state.get(p, {}), groups[id(p)], block.dtype)
+        denominator = adam_denominator(base.state.get(p, {}), groups[id(p)], block.dtype)
         roots.append(None if denominator is None else denominator.rsqrt_().mul_(share))
     return roots
 
 
-def _adam_denominator(state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
+def adam_denominator(state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
     """``sqrt(vhat) + eps``, as Adam divides by it, in a new tensor."""
     moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
     if moments is None:

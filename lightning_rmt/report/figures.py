@@ -52,7 +52,7 @@ def spectrum_figure(reading: Reading) -> Figure:
     axes = figure.add_axes((0.105, 0.51 / _HEIGHT, 0.865, 2.6 / _HEIGHT))
     style.dress(axes)
     entry = HistoryEntry.from_reading(reading)
-    axis = style.EigenvalueAxis.spanning(*_ends(spectrum, entry.two_over_lr), LogMasses.of(spectrum).scale())
+    axis = style.EigenvalueAxis.spanning(*_ends(spectrum, entry.limit), LogMasses.of(spectrum).scale())
     axis.apply(axes)
     axes.grid(axis="x", color=style.GRID, linewidth=0.7)
 
@@ -63,7 +63,9 @@ def spectrum_figure(reading: Reading) -> Figure:
     _draw_edges(axes, spectrum)
     _draw_limit(axes, entry, axis)
 
-    axes.set_xlabel(f"eigenvalue of the {operator_words(reading.curvature)}", size=style.LABEL_SIZE)
+    axes.set_xlabel(
+        f"eigenvalue of the {operator_words(reading.curvature, reading.preconditioned)}", size=style.LABEL_SIZE
+    )
     axes.set_ylabel("density per unit eigenvalue", size=style.LABEL_SIZE)
     _write_title(figure, reading)
     _write_legend(figure, axes, len(spectrum.runs))
@@ -80,7 +82,7 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def _ends(spectrum: Spectrum, limit: float | None) -> tuple[float, float]:
-    """What the axis must show: all eigenvalues, and 2/lr where that is near."""
+    """What the axis must show: all eigenvalues, and the stability limit where that is near."""
     low, high = spectrum.lambda_min.value, spectrum.lambda_max.value
     return low, limit if limit is not None and high < limit <= 2.0 * high else high
 
@@ -196,10 +198,14 @@ def _draw_edges(axes: Axes, spectrum: Spectrum) -> None:
 
 
 def _draw_limit(axes: Axes, entry: HistoryEntry, axis: style.EigenvalueAxis) -> None:
-    limit = entry.two_over_lr
+    limit = entry.limit
     if limit is not None and 1e-3 * axis.high < limit < axis.high:
         axes.axvline(
-            limit, color=style.LIMIT, linewidth=1.2, linestyle=(0, (5, 2.5)), label=f"2/lr = {typeset(number(limit))}"
+            limit,
+            color=style.LIMIT,
+            linewidth=1.2,
+            linestyle=(0, (5, 2.5)),
+            label=f"{entry.limit_name} = {typeset(number(limit))}",
         )
 
 

@@ -125,6 +125,8 @@ class HistoryEntry:
         free_skew: of the bulk, with its standard error; None in a light reading, or where the bulk has no width.
         free_kurtosis: likewise.
         spacing_ratios: scope, mean spacing ratio and its standard error, where there are any.
+        preconditioned: the optimizer in whose metric the eigenvalues are, None for the plain coordinates.
+        stability_limit: of lambda_max in that metric; None where there is none.
     """
 
     step: int
@@ -149,6 +151,8 @@ class HistoryEntry:
     free_skew: tuple[float, float] | None = None
     free_kurtosis: tuple[float, float] | None = None
     spacing_ratios: tuple[tuple[str, float, float], ...] = ()
+    preconditioned: str | None = None
+    stability_limit: float | None = None
 
     @classmethod
     def from_reading(cls, reading: Reading) -> HistoryEntry:
@@ -186,14 +190,26 @@ class HistoryEntry:
                 for scope, found in reading.level_statistics.items()
                 if found.spacing_ratio is not None and found.stderr is not None
             ),
+            preconditioned=reading.preconditioned,
+            stability_limit=_float(reading.stability_limit),
         )
 
     @property
     def two_over_lr(self) -> float | None:
         """Gradient descent's stability limit, None without a learning rate or where the curvature isn't the loss's."""
-        if not self.learning_rate or self.curvature == "gradient_covariance":
+        if not self.learning_rate or self.curvature == "gradient_covariance" or self.preconditioned is not None:
             return None
         return 2.0 / self.learning_rate
+
+    @property
+    def limit(self) -> float | None:
+        """The stability limit that these eigenvalues are to be compared with: of gradient descent, or of the optimizer."""
+        return self.two_over_lr if self.preconditioned is None else self.stability_limit
+
+    @property
+    def limit_name(self) -> str:
+        """What a legend calls it."""
+        return "2/lr" if self.preconditioned is None else f"{self.preconditioned}'s limit"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, floats, ints, strings and None: fit for JSON and for a checkpoint."""

@@ -128,7 +128,7 @@ class LoggerReport:
             text = "\n".join(f"- {sentence}" for sentence in sentences)
             experiment.add_text(tag_for(f"{name}/notes", logger), text, reading.step)
         if self.custom_scalars and not self._layout_written:
-            experiment.add_custom_scalars(tensorboard.layout(name))
+            experiment.add_custom_scalars(tensorboard.layout(name, reading.preconditioned is not None))
 
     def _new_sentences(self, reading: Reading, reasons: Mapping[str, str]) -> list[str]:
         """What hasn't been said yet, each sentence with the tags that it is about."""

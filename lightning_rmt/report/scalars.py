@@ -26,9 +26,10 @@ class _Item(NamedTuple):
 def scalars(reading: Reading) -> dict[str, float]:
     """Every number of the reading that can be had honestly, by tag (``<name>/lambda_max``, ...); all finite.
 
-    Eigenvalues, edges, quantiles and the trace are in the operator's units (loss per squared parameter); masses and
-    ``sharpness_times_lr`` are dimensionless; ``probe_seconds`` is in seconds. ``<tag>_residual`` bounds the distance to
-    an exact eigenvalue, ``<tag>_stderr`` is one standard error, ``<tag>_low`` and ``<tag>_high`` are bounds at two of them.
+    Eigenvalues, edges, quantiles and the trace are in the operator's units (loss per squared parameter; in an optimizer's
+    metric, one over the learning rate's); masses, ``sharpness_times_lr`` and ``preconditioned/sharpness_over_limit`` are
+    dimensionless; ``probe_seconds`` is in seconds. ``<tag>_residual`` bounds the distance to an exact eigenvalue,
+    ``<tag>_stderr`` is one standard error, ``<tag>_low`` and ``<tag>_high`` are bounds at two of them.
     What is missing here is in `refusals`.
     """
     return split(reading)[0]
@@ -266,11 +267,24 @@ def _bracket_ratio(low: float, high: float, zero_width: float) -> float:
     return large / small
 
 
+def _edge_of_stability(reading: Reading) -> Iterator[_Item]:
+    """Of the optimizer in whose metric the spectrum is."""
+    if reading.preconditioned is None:
+        return
+    yield _Item("preconditioned/limit", reading.stability_limit, "every learning rate is 0")
+    sharpness = reading.sharpness_over_limit
+    if sharpness is not None:  # else the limit says why, or, in a light reading, lambda_max does
+        yield _Item("preconditioned/sharpness_over_limit", sharpness.value, "")
+        yield _Item("preconditioned/sharpness_over_limit_residual", sharpness.residual, "")
+
+
 def _run(reading: Reading) -> Iterator[_Item]:
     learning_rate = reading.learning_rate
     # Gradient descent's stability limit speaks of the loss's curvature; the gradients' covariance isn't that.
-    curvature = reading.curvature != "gradient_covariance"
-    if not curvature:
+    curvature = reading.curvature != "gradient_covariance" and reading.preconditioned is None
+    if reading.preconditioned is not None:
+        reason = "the limit 2 is one of the plain coordinates; preconditioned/limit is that of the optimizer's metric"
+    elif not curvature:
         reason = "the limit 2 holds for the curvature of the loss, not for the gradients' covariance"
     elif learning_rate is None:
         reason = "no learning rate was found"
@@ -280,6 +294,7 @@ def _run(reading: Reading) -> Iterator[_Item]:
     if not reading.light or reading.spectrum.lambda_max.certified:
         yield _Item("sharpness_times_lr", sharpness, reason)
     yield _Item("two_over_lr", 2.0 / learning_rate if curvature and learning_rate else None, reason)
+    yield from _edge_of_stability(reading)
     yield _Item("probe_seconds", reading.seconds, "")
     yield _Item("overhead", reading.overhead, "the training's time was not measured")
     yield _Item("products", reading.spectrum.products, "")

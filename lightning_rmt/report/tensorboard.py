@@ -54,7 +54,7 @@ def add_density(experiment: Any, tag: str, spectrum: Spectrum, grid: Sequence[fl
     )
 
 
-def layout(name: str) -> dict[str, dict[str, list[Any]]]:
+def layout(name: str, preconditioned: bool = False) -> dict[str, dict[str, list[Any]]]:
     """Charts for TensorBoard's custom scalars tab: what is to be compared in one picture.
 
     The edges get a line chart, since they have holes where there is no outlier count, and TensorBoard refuses a margin
@@ -66,7 +66,9 @@ def layout(name: str) -> dict[str, dict[str, list[Any]]]:
 
     return {
         name: {
-            "lambda_max and 2/lr": lines("lambda_max", "two_over_lr"),
+            f"lambda_max and {'its limit' if preconditioned else '2/lr'}": lines(
+                "lambda_max", "preconditioned/limit" if preconditioned else "two_over_lr"
+            ),
             "largest eigenvalues": lines(*(f"top/{i}" for i in range(1, TOP + 1))),
             "smallest eigenvalues": lines(*(f"bottom/{i}" for i in range(1, TOP + 1))),
             "bulk": lines("bulk_edge_low", "q01", "q99", "bulk_edge_high"),

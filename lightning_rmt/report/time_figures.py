@@ -59,7 +59,8 @@ def heat_map_figure(history: Sequence[HistoryEntry]) -> Figure:
     _draw_limit(axes, entries, linear_to, axis.high)
 
     axes.set_xlabel("step", size=style.LABEL_SIZE)
-    axes.set_ylabel(f"eigenvalue of the {operator_words(entries[-1].curvature)}", size=style.LABEL_SIZE)
+    operator = operator_words(entries[-1].curvature, entries[-1].preconditioned)
+    axes.set_ylabel(f"eigenvalue of the {operator}", size=style.LABEL_SIZE)
     colours = figure.colorbar(mesh, cax=figure.add_axes((0.87, 0.125, 0.022, 0.785)), ticks=list(range(faintest, 1)))
     colours.set_label("log$_{10}$ of the mass per bin", size=style.LABEL_SIZE)
     colours.ax.tick_params(labelsize=style.TICK_SIZE)
@@ -70,7 +71,7 @@ def heat_map_figure(history: Sequence[HistoryEntry]) -> Figure:
 
 
 def outliers_over_time_figure(history: Sequence[HistoryEntry]) -> Figure:
-    """The largest eigenvalues against 2/lr, the outlier counts, and the trace, each over the steps.
+    """The largest eigenvalues against their stability limit, the outlier counts, and the trace, each over the steps.
 
     Raises:
         ValueError: ``history`` is empty.
@@ -131,7 +132,7 @@ def _known_ends(entries: Sequence[HistoryEntry]) -> list[float]:
 
 def _shown(entries: Sequence[HistoryEntry], edges: NDArray[np.float64], linear_to: float) -> tuple[float, float]:
     low, high = min(_known_ends(entries)), max(_known_ends(entries))
-    limits = [entry.two_over_lr for entry in entries if entry.two_over_lr is not None]
+    limits = [entry.limit for entry in entries if entry.limit is not None]
     near = [limit for limit in limits if limit <= 4.0 * high]
     return min(low, -linear_to), max([high, linear_to, *near])
 
@@ -172,12 +173,14 @@ def _draw_dots(axes: Axes, entries: Sequence[HistoryEntry], linear_to: float) ->
 
 
 def _draw_limit(axes: Axes, entries: Sequence[HistoryEntry], lowest: float, highest: float) -> None:
-    limits = [(entry.step, entry.two_over_lr) for entry in entries if entry.two_over_lr is not None]
+    limits = [(entry.step, entry.limit) for entry in entries if entry.limit is not None]
     if not any(lowest <= limit <= highest for _, limit in limits):
         return
     x, y = zip(*limits, strict=True)
     marker = "_" if len(limits) == 1 else None
-    axes.plot(x, y, color=style.LIMIT, linewidth=1.3, linestyle=(0, (5, 2.5)), marker=marker, label="2/lr")
+    axes.plot(
+        x, y, color=style.LIMIT, linewidth=1.3, linestyle=(0, (5, 2.5)), marker=marker, label=entries[-1].limit_name
+    )
 
 
 def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:

@@ -135,7 +135,8 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
 
 
-def operator_words(curvature: str) -> str:
-    """What the eigenvalues belong to, for axis labels: ``"ggn"`` -> ``"Gauss-Newton matrix"``."""
+def operator_words(curvature: str, preconditioned: str | None = None) -> str:
+    """What the eigenvalues belong to, for axis labels: ``"ggn"`` -> ``"Gauss-Newton matrix"``; and in whose metric."""
     known = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix", "gradient_covariance": "gradient covariance"}
-    return known.get(curvature, curvature)
+    metric = "" if preconditioned is None else f" in {preconditioned}'s metric"
+    return f"{known.get(curvature, curvature)}{metric}"
