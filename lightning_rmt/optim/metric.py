@@ -83,11 +83,13 @@ def inverse_roots(
 
 
 def adam_denominator(state: dict[str, Any], group: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
-    """``sqrt(vhat) + eps``, as Adam divides by it, in a new tensor."""
+    """``sqrt(vhat) + eps``, as Adam divides by it, in a new tensor; None before its first step."""
     moments = state.get("max_exp_avg_sq") if group.get("amsgrad") else state.get("exp_avg_sq")
     if moments is None:
         return None
     step = state["step"]
+    if not float(step):  # a fused step that a gradient scaler skipped leaves zeros
+        return None
     # Adam itself takes this in double precision where the count is on the host, and on the device else
     correction = 1 - float(group["betas"][1]) ** (step.item() if step.device.type == "cpu" else step)
     root = (moments.to(dtype, copy=True) / correction).sqrt_()

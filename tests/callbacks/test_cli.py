@@ -37,6 +37,7 @@ ARGUMENTS = {
     "blocks": ["net.*"],
     "noise": False,
     "batch_law_every": 2,
+    "preconditioned": False,  # True doesn't go with batch_law_every
     "rank_weights": "samples",
     "microbatch": 2,
     "product": "exact",

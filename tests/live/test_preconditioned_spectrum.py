@@ -284,6 +284,50 @@ def test_sgd_has_the_ordinary_spectrum_and_its_own_limit(tmp_path):
     assert watch.reading.stability_limit == pytest.approx(2 * 1.9 / 0.01)
 
 
+class FullBatch(torch.utils.data.Dataset):
+    """Sixty digits, again and again."""
+
+    def __init__(self):
+        from sklearn.datasets import load_digits
+
+        images, digits = load_digits(return_X_y=True)
+        self.inputs = torch.tensor(images[:60] / 16)
+        self.labels = nn.functional.one_hot(torch.tensor(digits[:60]), 10).double()
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        return self.inputs, self.labels
+
+
+class Digits(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)).double()
+
+    def training_step(self, data, _):
+        return 5 * nn.functional.mse_loss(self.net(data[0]), data[1])
+
+    def configure_optimizers(self):
+        return optim.Adam(self.parameters(), lr=0.01, betas=(0.9, 0.99))
+
+
+def test_adam_trains_at_the_edge_of_stability(tmp_path):
+    """Cohen et al. 2022, on full batches of digits: the ratio rises to 1 and stays there, though nothing was told of it."""
+    watch = SpectrumMonitor(
+        every_n_steps=400, light_every_n_steps=20, lanczos_steps=30, preconditioned=True, noise=False, figures_every=0
+    )
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_steps=400, callbacks=[watch], logger=CSVLogger(tmp_path), accelerator="cpu", **quiet)
+    trainer.fit(Digits(), torch.utils.data.DataLoader(FullBatch(), batch_size=None))
+    ratios = np.array([entry.lambda_max / entry.stability_limit for entry in watch.history])
+    assert ratios[1:4].min() < 0.7  # it is no property of the start
+    assert 0.9 < np.median(ratios[-10:]) < 1.05
+    assert ratios[-10:].max() < 1.3
+
+
 def two_owners(module):
     return [optim.Adam(module.parameters()), optim.Adam(module.net[0].parameters())]
 
@@ -296,7 +340,10 @@ class Own(optim.Adam):
 @pytest.mark.parametrize(
     ("optimizers", "words"),
     [
-        (lambda module: optim.LBFGS(module.parameters()), "how LBFGS scales the gradient. Known are torch.optim's Adagrad"),
+        (
+            lambda module: optim.LBFGS(module.parameters()),
+            "how LBFGS scales the gradient. Known are torch.optim's Adagrad",
+        ),
         (lambda module: Own(module.parameters()), "how Own scales"),
         (lambda module: SpectralPreconditioner(adam(module)), "how SpectralPreconditioner scales"),
         (lambda module: optim.Adam(module.parameters(), maximize=True), "climbs"),
@@ -335,7 +382,7 @@ def test_another_optimizers_parameters_may_be_anything(tmp_path):
     assert run(optimizers, parameters=["net.2.*"]).preconditioned == "Adam"
     with pytest.raises(MisconfigurationException, match="how Own scales"):
         run(optimizers)
-    with pytest.raises(MisconfigurationException, match="two optimizers move net.0.weight"):
+    with pytest.raises(MisconfigurationException, match=r"two optimizers move net\.0\.weight"):
         run(two_owners)
 
 
@@ -413,10 +460,16 @@ BITWISE = (
     Case("fused", Fused, vectors),
     Case("foreach, amsgrad", Foreach, vectors),
     Case("RMSprop", Root, vectors),
-    Case("gradient scaler", Adam, vectors, gradient_scaler),
-    Case("gradient scaler, fused", Fused, vectors, lambda: {"plugins": gradient_scaler()["plugins"]}),
+    # whose scaler skips some first steps, and the probes after them; a fused step that is skipped leaves a state of zeros
+    Case("gradient scaler", Adam, vectors, gradient_scaler, ignore=("SpectrumMonitor 'rmt' skips",)),
+    Case(
+        "gradient scaler, fused",
+        Fused,
+        vectors,
+        lambda: {"plugins": gradient_scaler()["plugins"]},
+        ignore=("SpectrumMonitor 'rmt' skips",),
+    ),
     Case("bf16-true", Adam, vectors, lambda: {"precision": "bf16-true"}),
-    Case("compiled", Adam, vectors, compiled="aot_eager"),
 )
 
 

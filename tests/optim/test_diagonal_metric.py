@@ -137,6 +137,17 @@ def test_a_rate_of_zero_has_no_limit():
     assert (metric.scale == same).all()
 
 
+def test_a_fused_step_that_was_skipped_is_none():
+    """A gradient scaler's overflow leaves zeros and a count of 0."""
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = optim.Adam([p], fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert "exp_avg_sq" in optimizer.state[p]
+    assert diagonal_metric([optimizer], ParameterBlock([p])) is None
+
+
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"lr": torch.tensor(1e-3), "foreach": False}])
 def test_implementations_agree(options):
     p, other = (nn.Parameter(torch.zeros(4)) for _ in range(2))
