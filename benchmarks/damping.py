@@ -19,8 +19,8 @@ import torch
 
 from lightning_rmt import DampingController
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests" / "optim"), str(ROOT / "examples")]
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "optim"))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import tune_damping
 from kronecker_harness import SCHEDULE, train
 

@@ -44,7 +44,7 @@ class DampingController:
     length ``lr / (1 - momentum)`` that momentum takes each gradient to, if that is above 1. The same with the step's own
     batch's curvature counts where it is larger: near interpolation other batches show hardly any.
     *Guard*: a step after which its own batch's loss is ``guard`` times what it was is undone, bit for bit, and the damping
-    raised; where it is that of other batches that rises, from one to the next, the training goes back to where it was lowest.
+    raised; where the loss rises from one batch to the next, the training goes back to where it was lowest.
 
     In a training loop, after ``backward()`` and in place of ``optimizer.step()``::
 

@@ -197,8 +197,10 @@ def _trust(knob: Knob, look: Look, asked: Questions, proposal: float) -> tuple[f
 
 
 def _guard(knob: Knob, look: Look, asked: Questions) -> int:
-    """Undoes the step if its own batch's loss has risen too far, or isn't a number, and all since the losses of the batches
-    were lowest if they have; how many steps."""
+    """Undoes the step if its own batch's loss has risen too far, or isn't a number; how many steps were undone.
+
+    All since the losses of the batches were lowest, if those have risen.
+    """
     state, settings = knob.state, knob.settings
     if settings.guard is None or asked.loss is None:
         return 0
