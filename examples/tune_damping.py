@@ -73,15 +73,17 @@ class KFAC(torch.optim.Optimizer):
                 p.sub_(group["lr"] * average.mul_(group["momentum"]).add_(part))
 
 
-def train(start: float, controlled: bool, *, steps: int, lr: float, momentum: float, seed: int) -> tuple[float, float]:
+def train(
+    start: float, controller: DampingController | None, *, steps: int, lr: float, momentum: float, seed: int
+) -> tuple[float, float]:
     """Final loss over all digits, and the damping at the end."""
     torch.manual_seed(seed)
     data = load_digits()
     x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
     model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 24), nn.Tanh(), nn.Linear(24, 10))
     optimizer = KFAC(model, lr, start, momentum)
-    if controlled:
-        controller = DampingController(mode="control").attach(optimizer)  # finds param_groups["damping"]
+    if controller is not None:
+        controller.attach(optimizer)  # finds param_groups["damping"]
 
     def loss_of(rows: Tensor) -> Tensor:
         return cross_entropy(model(x[rows]), y[rows])
@@ -89,12 +91,12 @@ def train(start: float, controlled: bool, *, steps: int, lr: float, momentum: fl
     for rows, others in torch.randint(len(x), (steps, 2, 128)):
         logits = model(x[rows])
         loss = cross_entropy(logits, y[rows])
-        if not controlled and not math.isfinite(loss.item()):
+        if controller is None and not math.isfinite(loss.item()):
             return math.inf, start
         optimizer.zero_grad()
         optimizer.observe(logits, torch.multinomial(logits.detach().softmax(1), 1)[:, 0])
         loss.backward()
-        if controlled:  # in place of optimizer.step()
+        if controller is not None:  # in place of optimizer.step()
             controller.step(lambda r=rows: loss_of(r), lambda r=others: loss_of(r), before=loss)
         else:
             optimizer.step()
@@ -138,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> list[tuple[float, list[float
 
     rows = []
     for start in args.starts:
-        fixed = [train(start, False, seed=seed, **options)[0] for seed in args.seeds]
-        losses, dampings = zip(*(train(start, True, seed=seed, **options) for seed in args.seeds), strict=True)
+        fixed = [train(start, None, seed=seed, **options)[0] for seed in args.seeds]
+        controlled = (train(start, DampingController(mode="control"), seed=seed, **options) for seed in args.seeds)
+        losses, dampings = zip(*controlled, strict=True)
         rows.append((start, fixed, list(losses), list(dampings)))
     shown = [(f"{start:g}", *(", ".join(f"{v:.2g}" for v in values) for values in rest)) for start, *rest in rows]
     columns = ("damping at start", "loss, left there", "loss, controlled", "damping at end")

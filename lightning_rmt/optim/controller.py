@@ -44,7 +44,7 @@ class DampingController:
     length ``lr / (1 - momentum)`` that momentum takes each gradient to, if that is above 1. The same with the step's own
     batch's curvature counts where it is larger: near interpolation other batches show hardly any.
     *Guard*: a step after which its own batch's loss is ``guard`` times what it was is undone, bit for bit, and the damping
-    raised.
+    raised; where the loss rises from one batch to the next, the training goes back to where it was lowest.
 
     In a training loop, after ``backward()`` and in place of ``optimizer.step()``::
 
@@ -77,6 +77,9 @@ class DampingController:
         guard_factor: what a rejected step multiplies the damping by. Its momentum is halved.
         guard_steps: ``"probe"``, those that are measured, or ``"every"``, which copies weights and state in each step. The
             first of them, and those after a rejection, are seen in both: see ``docs/damping.md``.
+        rewind: while every step is guarded, a mean loss of `optim.rise.WINDOW` successive batches that is so many times the
+            lowest one takes the training back to there: a step that is too long lowers its own batch's loss, which is all
+            that the guard sees, and raises that of others. None: never. Keeps one more copy of weights and state.
         mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
         search: whether the first step is taken again with other dampings. False where a damping acts on later steps only, as
             in optimizers that move an inverse a little in each step (singd): one step then says nothing about it.
@@ -104,12 +107,13 @@ class DampingController:
         guard: float | None = 1.5,
         guard_factor: float = 4.0,
         guard_steps: GuardSteps = "probe",
+        rewind: float | None = 1.5,
         mode: Mode = "log",
         search: bool = True,
     ) -> None:
         self.settings = DampingSettings(
             method, every, init, bounds, rel_bounds, max_change, ema, deadband,
-            guard, guard_factor, guard_steps, mode, search,
+            guard, guard_factor, guard_steps, rewind, mode, search,
         )  # fmt: skip
         self.report: DampingReport | None = None
         self.target = target

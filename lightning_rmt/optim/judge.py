@@ -45,16 +45,16 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
             refused = str(error)
             proposal = knob.damping
     state.products += look.products
-    rejected = False
+    undone = 0
     try:
-        rejected = knob.guards and _guard(knob, look, asked)
+        undone = _guard(knob, look, asked) if knob.guards else 0
     except NoCalibrationError as error:  # the loss can't be had: no reason to take a step back
         refused = refused or str(error)
-    if rejected:
+    if undone:
         state.guarded_until = max(state.guarded_until, state.steps + 1 + settings.every)
         proposal = max(proposal, knob.damping * settings.guard_factor)
     proposal = knob.within(proposal)
-    if knob.controls and (rejected or proposal != state.damping):
+    if knob.controls and (undone or proposal != state.damping):
         knob.set(proposal)  # what was undone had the damping from before the step
     elif state.mode == "suggest":
         _suggest(knob, proposal, ratio)
@@ -66,7 +66,8 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
         ratio=None if ratio is None else ratio.held_out,
         own_ratio=None if ratio is None else ratio.own,
         reduction=reduction,
-        rejected=rejected,
+        rejected=undone > 0,
+        undone=undone,
         rejections=state.rejections,
         products=state.products,
         refused=refused,
@@ -195,19 +196,29 @@ def _trust(knob: Knob, look: Look, asked: Questions, proposal: float) -> tuple[f
     return reduction, max(proposal, trust)
 
 
-def _guard(knob: Knob, look: Look, asked: Questions) -> bool:
-    """Undoes the step if its own batch's loss has risen too far, or isn't a number; whether it did."""
-    settings = knob.settings
+def _guard(knob: Knob, look: Look, asked: Questions) -> int:
+    """Undoes the step if its own batch's loss has risen too far, or isn't a number; how many steps were undone.
+
+    All since the losses of the batches were lowest, if those have risen.
+    """
+    state, settings = knob.state, knob.settings
     if settings.guard is None or asked.loss is None:
-        return False
+        return 0
     before, after = look.losses(asked.loss, asked.before)
+    lowest = knob.rise.see(state.steps, before, look.taken) if knob.rise is not None and knob.watches else None
     # of a positive loss, guard times what it was; a negative one may rise by as much
-    if math.isfinite(before) and after <= before + (settings.guard - 1) * abs(before):
-        return False
-    look.taken.undo()
+    if lowest is None and math.isfinite(before) and after <= before + (settings.guard - 1) * abs(before):
+        return 0
+    if lowest is None:
+        first = state.steps
+        look.taken.undo()
+    else:
+        first, start = lowest
+        start.rewind()
+        knob.forget_losses()
     halve_momentum(knob.optimizer)
-    knob.state.rejections += 1
-    return True
+    state.rejections += 1
+    return state.steps - first + 1
 
 
 def _suggest(knob: Knob, proposal: float, ratio: Ratio | None) -> None:

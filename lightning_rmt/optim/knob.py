@@ -6,6 +6,7 @@ import warnings
 
 from torch.optim import Optimizer
 
+from lightning_rmt.optim.rise import LossRise
 from lightning_rmt.optim.settings import DampingSettings, Method
 from lightning_rmt.optim.state import ControllerState
 from lightning_rmt.optim.taken_step import check_parameters
@@ -21,11 +22,13 @@ class Knob:
     Attributes:
         state: what is remembered and saved.
         settings: the controller's.
+        rise: watches the losses while every step is guarded, None where nobody wants it. Not saved: it holds weights.
     """
 
     def __init__(self, settings: DampingSettings) -> None:
         self.settings = settings
         self.state = self._fresh()
+        self.rise = None if settings.rewind is None or settings.guard is None else LossRise(settings.rewind)
         self._optimizer: Optimizer | None = None
         self._target: Target | None = None
         self._written: tuple[float, ...] | None = None
@@ -62,13 +65,20 @@ class Knob:
 
     def detach(self) -> None:
         """See `DampingController.detach`."""
+        self.forget_losses()
         if self._target is not None:
             self.state.damping = self.damping
         self._optimizer, self._target, self._written, self._left = None, None, None, True
 
+    def forget_losses(self) -> None:
+        """Nothing is known of the losses so far."""
+        if self.rise is not None:
+            self.rise.forget()
+
     def load(self, state: ControllerState) -> None:
         """See `DampingController.load_state_dict`."""
         self.state = state
+        self.forget_losses()
         self._loaded = self._target is None
         if self._target is None:
             return
@@ -125,6 +135,11 @@ class Knob:
         state, settings = self.state, self.settings
         wanted = settings.guard_steps == "every" or state.steps < state.guarded_until or self.due()
         return self.controls and settings.guard is not None and wanted
+
+    @property
+    def watches(self) -> bool:
+        """Whether steps are seen without gaps, so that a rise of the loss can be."""
+        return self.guards and self.state.steps < self.state.guarded_until
 
     @property
     def damping(self) -> float:

@@ -21,7 +21,8 @@ class DampingReport:
             1; None where there is no ratio.
         reduction: actual over predicted reduction of the batch's own loss, for the trust part; None where not measured.
         rejected: whether the step was undone.
-        rejections: steps undone so far.
+        undone: steps undone with it: 1, or all since the losses of the batches were lowest; 0 where none was.
+        rejections: how often that happened so far.
         products: curvature products so far.
         refused: why there is no ratio, or why nothing was changed; None where all is well.
         local_law: the damping of the local law at the last spectrum, None before one.
@@ -36,6 +37,7 @@ class DampingReport:
     own_ratio: float | None
     reduction: float | None
     rejected: bool
+    undone: int
     rejections: int
     products: int
     refused: str | None

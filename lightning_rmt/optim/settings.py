@@ -30,6 +30,7 @@ class DampingSettings:
     guard: float | None = 1.5
     guard_factor: float = 4.0
     guard_steps: GuardSteps = "probe"
+    rewind: float | None = 1.5
     mode: Mode = "log"
     search: bool = True
 
@@ -50,7 +51,7 @@ class DampingSettings:
             raise ValueError(f"deadband must contain the ratio 1, at which the damping is right, got {self.deadband}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is the share of the old damping that is kept, in [0, 1), got {self.ema}")
-        for name in ("max_change", "guard", "guard_factor"):
+        for name in ("max_change", "guard", "guard_factor", "rewind"):
             value = getattr(self, name)
             if value is not None and not 1 < value < math.inf:
                 raise ValueError(f"{name} is a factor above 1, got {value}")

@@ -41,14 +41,21 @@ class Snapshot:
         self.weights = [p.detach().clone() for p in optimizer_parameters(optimizer)]
         buffers = momentum_buffers(optimizer)
         self.momenta = [None if buffer is None else buffer.detach().clone() for buffer in buffers]
-        self._state = _keep_state(optimizer) if state else None
+        self._state = keep(optimizer.state) if state else None
+        self._options = [_keep_options(group) for group in optimizer.param_groups] if state else []
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Puts weights, state and groups back, into the same tensors; the damping among them."""
+    def restore(self, *, options: bool = True) -> None:
+        """Puts weights and state back, into the same tensors.
+
+        Args:
+            options: also what is in the groups, the damping and the learning rate among it.
+        """
         for p, before in zip(optimizer_parameters(self._optimizer), self.weights, strict=True):
             p.copy_(before)
-        for restore in self._state or ():
+        if self._state is not None:
+            self._state()
+        for restore in self._options if options else ():
             restore()
 
 
@@ -70,12 +77,8 @@ def halve_momentum(optimizer: Optimizer) -> None:
                 entry[key].mul_(0.5)
 
 
-def _keep_state(optimizer: Optimizer) -> list[Callable[[], Any]]:
-    """Functions that put back the state and the groups, where many optimizers count their steps."""
-    return [keep(optimizer.state), *(_keep_options(group) for group in optimizer.param_groups)]
-
-
 def _keep_options(group: dict[str, Any]) -> Callable[[], None]:
+    """Puts back what is in a group, where many optimizers count their steps."""
     options = keep({name: value for name, value in group.items() if name != "params"})
 
     def restore() -> None:

@@ -22,7 +22,7 @@ class ControllerState:
         ratios: of the target's values to the largest.
         steps: seen so far.
         products: curvature products so far.
-        rejections: steps undone so far.
+        rejections: how often steps were undone so far.
         first_products: left for the first calibration; 0 once it is over.
         started: whether the damping comes from a measurement already.
         local_law: of the last spectrum, None before one.

@@ -231,6 +231,12 @@ class TakenStep:
             else:
                 _fill([p.grad], [gradient])
 
+    def rewind(self) -> None:
+        """Puts back weights and state of a step that others have followed; random numbers, learning rates and data go on."""
+        self.before.restore(options=False)
+        if self._restore_outside is not None:
+            self._restore_outside()
+
     def _block(self) -> ParameterBlock:
         parameters = optimizer_parameters(self._optimizer)
         return ParameterBlock([parameters[i] for i in self._options])

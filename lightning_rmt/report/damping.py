@@ -78,6 +78,11 @@ class DampingReports:
 
 def _sentence(report: DampingReport) -> str | None:
     """What there is to say about a step, in words; None where the numbers say all."""
+    if report.undone > 1:
+        return (
+            "the losses of successive batches rose, each time by too little for the guard: training went back to where they "
+            "were lowest and the damping was raised"
+        )
     if report.rejected:
         return "the step raised its own batch's loss too far: it was undone and the damping raised"
     return report.refused

@@ -100,12 +100,14 @@ def characters(context=6, count=20_000):
 class Task:
     """A model with its loss and its sampled loss."""
 
-    def __init__(self, kind, seed):
+    def __init__(self, kind, seed, widths=None):
         self.x, self.y = characters() if kind == "characters" else digits()
         self.kind = kind
         self.random = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        layers = [piece for a, b in itertools.pairwise(WIDTHS[kind]) for piece in (nn.Linear(a, b), nn.Tanh())]
+        layers = [
+            piece for a, b in itertools.pairwise(widths or WIDTHS[kind]) for piece in (nn.Linear(a, b), nn.Tanh())
+        ]
         self.model = nn.Sequential(*layers[:-1])
 
     def batch(self, size=128):
@@ -130,10 +132,10 @@ class Task:
         return value if value < 1e3 else math.inf
 
 
-def train(kind, damping, steps, lr, seed=0, controller=None, momentum=0.9, batch=128):
+def train(kind, damping, steps, lr, seed=0, controller=None, momentum=0.9, batch=128, refresh=5, widths=None):
     """Final loss over all data, infinite where it diverged, and the last damping."""
-    task = Task(kind, seed)
-    optimizer = KroneckerSGD(task.model, lr, damping, momentum)
+    task = Task(kind, seed, widths)
+    optimizer = KroneckerSGD(task.model, lr, damping, momentum, refresh=refresh)
     if controller is not None:
         controller.attach(optimizer)
     for _ in range(steps):

@@ -58,7 +58,7 @@ def test_after_its_first_step_a_run_has_forgotten_where_it_started(kind):
         assert state == other_state
 
 
-# seed by seed; measured 0.92 to 0.96, 0.16 to 0.76 and 1.16 to 1.50
+# seed by seed; measured 0.91 to 0.96, 0.16 to 0.76 and 0.94 to 1.25
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_it_ends_near_the_best_fixed_damping(kind):
@@ -72,6 +72,17 @@ def test_without_the_guard_it_does_not():
     worst = {kind: max(controlled(kind, seed, guard=None) / best_fixed(kind, seed) for seed in SEEDS) for kind in TASKS}
     assert worst["classifier"] > 1000, worst
     assert worst["characters"] > 5, worst
+
+
+# measured: 1.2 and 36 times the best fixed damping
+@pytest.mark.slow
+def test_a_rise_that_no_single_step_shows_is_taken_back():
+    def run(**options):
+        return train("classifier", 1e-6, 300, 0.3, 2, refresh=1, **options)[0]
+
+    best = train("classifier", 1.0, 300, 0.3, 2, refresh=1)[0]
+    assert run(controller=DampingController(mode="control")) < 2 * best
+    assert run(controller=DampingController(mode="control", rewind=None)) > 10 * best
 
 
 @pytest.mark.slow
