@@ -33,7 +33,7 @@ papers: $(VENV)/.installed-demo
 	$(THREADS) $(BIN)/python examples/papers/run_all.py
 
 test: $(VENV)/.installed
-	$(THREADS) $(BIN)/python -m pytest
+	$(THREADS) $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
