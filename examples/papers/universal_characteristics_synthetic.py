@@ -247,7 +247,7 @@ def damping(claims: Claims) -> None:
 def cleaning(claims: Claims) -> None:
     """(8) and (9) from a Lanczos quadrature alone, against the truth that no rule knows."""
     n, eta = 500 if claims.quick else 1000, 0.06
-    one = noisy(n, 9, steps=80, probes=6)
+    one = noisy(n, 9, steps=80, probes=12)
     levels, vectors = np.linalg.eigh(one.matrix)
     mean, square = one.truth @ vectors**2, one.truth**2 @ vectors**2  # u'Au and u'A^2 u
     nodes, weights = one.spectrum.nodes.ravel(), one.spectrum.weights.ravel() / len(one.spectrum.nodes)
