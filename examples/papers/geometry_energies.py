@@ -22,7 +22,7 @@ def linear_saddles(claims: Claims) -> None:
     random = torch.Generator().manual_seed(2)
     data = tuple(torch.randn(8, 3, 12, generator=random, dtype=torch.float64) for _ in range(2))
     networks = Networks(data, 3, lambda z: z, seed=3)
-    found = find_critical_points(networks, data, outer=40, inner=25)
+    found = find_critical_points(networks, data, outer=120, inner=25)
     known = saddle_energies(data)
     off = np.abs(found.energies[:, None] - known).min(axis=1).max()
     said = "largest J_g, search at 8 linear networks of 3-3-3 units"

@@ -49,7 +49,7 @@ SHORTEST_OF_SEVERAL = 30
 WIDE = 2.0
 #: Largest `unevenness` with which wide runs count as unfolded: the first times the root of their length, at most the second.
 #: It is .03 to .06 for GOE levels and up to .09 for those of the table above. Heaps and waves on a log-uniform density over
-#: nine decades that have .2 with k = 400 are rejected in 7 % to 10 % of the cases at a nominal 5 % and in 19 % to 31 % with .4;
+#: nine decades that have .2 with k = 400 are rejected in 7 % to 10 % of the cases at a nominal 5 %, with .4 in 19 % to 31 %;
 #: heaps that have .1 with k = 100 in 13 %. Waves of a period below the running mean's pass for the levels' own.
 _UNEVEN_PER_ROOT, _UNEVEN = 0.01, 0.2
 #: Largest change of a log mean in one step of the fit, and the change at which it has converged.
