@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from training import Supervised, diabetes, digits, fit
 
 from lightning_rmt import Hessian, LevelStatistics, level_statistics
+from lightning_rmt.levels.reference import moments
 from lightning_rmt.levels.spacings import GOE_RATIO, spacing_ratios
 
 TITLE, REFERENCE = "Appearance of random matrix theory", "Baskerville, Granziol and Keating 2021, arXiv:2102.06740"
@@ -133,8 +134,8 @@ def against_the_same_density(claims: Claims, name: str, found: LevelStatistics, 
 
 
 def brody_error(found: LevelStatistics) -> float:
-    """As for that many GOE levels."""
-    return 0.7 / found.levels**0.5 * (1 + found.correlation * (found.spectra - 1)) ** 0.5
+    """As for GOE levels, as many in as many spectra."""
+    return moments("brody", found.levels // found.spectra).sd / found.spectra**0.5
 
 
 def word(p: float | None) -> str:
