@@ -46,7 +46,9 @@ the error within one training is .003. So .02 is asserted. It excludes Poisson, 
 Brody's exponent is .957 for GOE levels of a moderate density. Here the density spans nine decades and has features of
 its own. So each network is compared with GOE levels spread like its own. A p-value is refused where the fitted mean
 spacing is far off, whatever the reason. That of the untrained MLP on diabetes is given, and small; GOE levels of nearly
-its density are refused, so that it may be the unfolding's. The mean ratio needs none."""
+its density are refused, so that it may be the unfolding's. The mean ratio needs none. Five of the six exponents are
+below the comparison's by more than four of their errors: near the GOE's, and not the same, unless the density has
+features finer than some five levels, which the comparison lacks."""
 
 
 class Model(NamedTuple):
