@@ -22,12 +22,13 @@ import pytorch_lightning as pl
 import torch
 from appearance_of_rmt_controls import AUTHORS_ZERO, calibrate, goe_of_density, ritz_trap, unfolded
 from appearance_of_rmt_figures import ratio_figure, ritz_figure, spacing_figure
-from claims import Claims
+from claims import Claims, number
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from training import Supervised, diabetes, digits, fit
 
 from lightning_rmt import Hessian, LevelStatistics, level_statistics
+from lightning_rmt.levels.reference import moments
 from lightning_rmt.levels.spacings import GOE_RATIO, spacing_ratios
 
 TITLE, REFERENCE = "Appearance of random matrix theory", "Baskerville, Granziol and Keating 2021, arXiv:2102.06740"
@@ -39,11 +40,15 @@ both are shown."""
 SAY = """The trained networks' levels repel as the GOE's do, and so do the untrained MLPs'. An untrained softmax
 regression's don't: its Hessian is nearly a Kronecker product, so that its levels come in near-degenerate groups.
 
-Brody's exponent is .957 for GOE levels of a moderate density. Here the density spans nine decades, more than the four
-for which the package's unfolding and its p-values were calibrated. So each network is compared with GOE levels spread
-like its own (the mean over batches of the level of each rank): the unfolding alone takes those of the MLPs to
-exponents of .6 to .8 and p below .05. Where a verdict says "the spacings aren't the GOE's" of such a block it may
-mean the unfolding; the mean ratio needs none."""
+How near is a matter of the training: over three seeds the trained networks' mean ratios went from .515 to .539, where
+the error within one training is .003. So .02 is asserted. It excludes Poisson, not small differences from the GOE.
+
+Brody's exponent is .957 for GOE levels of a moderate density. Here the density spans nine decades and has features of
+its own. So each network is compared with GOE levels spread like its own. A p-value is refused where the fitted mean
+spacing is far off, whatever the reason. That of the untrained MLP on diabetes is given, and small; GOE levels of nearly
+its density are refused, so that it may be the unfolding's. The mean ratio needs none. Five of the six exponents are
+below the comparison's by more than four of their errors: near the GOE's, and not the same, unless the density has
+features finer than some five levels, which the comparison lacks."""
 
 
 class Model(NamedTuple):
@@ -95,7 +100,7 @@ def networks(claims: Claims, every: list[Model]) -> dict[str, np.ndarray]:
         degenerate = name == "softmax regression, untrained"
         expected = {"softmax regression, untrained": 0.473, "softmax regression, trained": 0.527}.get(name)
         if expected is not None and not claims.full:
-            claims.near("(4)", f"{name}: ratio", found.spacing_ratio, expected, within=0.01, stderr=found.stderr)
+            claims.near("(4)", f"{name}: ratio", found.spacing_ratio, expected, within=0.02, stderr=found.stderr)
         if degenerate:
             ours = f"{found.spacing_ratio:.3f} ± {found.stderr:.3f}, {found.z_goe:.0f} sd"
             claims.negative("abstract, (4)", f"{name}: ratio of the GOE", f"{GOE_RATIO}", ours, found.z_goe < -5)
@@ -103,7 +108,9 @@ def networks(claims: Claims, every: list[Model]) -> dict[str, np.ndarray]:
             far = distances.wigner > 0.7 * distances.poisson
             claims.negative("abstract, (1)", f"{name}: nearer to Wigner than to Poisson", "near and far", gap, far)
         else:
-            claims.near("(4)", f"{name}: ratio, GOE", found.spacing_ratio, GOE_RATIO, within=0.015, stderr=found.stderr)
+            # trainings differ by more than the error of one: over three seeds by up to .016
+            claims.near("(4)", f"{name}: ratio, GOE", found.spacing_ratio, GOE_RATIO, within=0.02, stderr=found.stderr)
+            claims.show("(4)", f"{name}: ratio, standard errors from GOE", "0", f"{found.z_goe:+.1f}")
             claims.between("(4)", f"{name}: ratio, sd from Poisson", found.z_poisson, low=15)
             share = distances.wigner / distances.poisson
             claims.between("(1), (2)", f"{name}: distance from Wigner over that from Poisson", share, high=0.7)
@@ -115,16 +122,26 @@ def networks(claims: Claims, every: list[Model]) -> dict[str, np.ndarray]:
 
 
 def against_the_same_density(claims: Claims, name: str, found: LevelStatistics, control: LevelStatistics) -> None:
-    """The shape of the whole distribution, by one number: Brody's exponent."""
-    error = float(np.hypot(found.brody_goe[1], control.brody_goe[1]))
+    """The shape of the whole distribution, by one number: Brody's exponent; and what a verdict may rest on."""
+    error = float(np.hypot(brody_error(found), brody_error(control)))
     where, quantity = "(2)", f"{name}: Brody exponent, GOE levels of this density"
+    ours = number(found.brody, error)
     if name == "softmax regression, untrained":
-        ours = f"{found.brody:.2f} ± {error:.2f}"
         refuted = found.brody < control.brody - 8 * error
         claims.negative(where, quantity, f"{control.brody:.2f}", ours, refuted)
     else:
-        claims.near(where, quantity, found.brody, control.brody, within=0.12, stderr=error)
-    claims.show("", f"{name}: unfolding alone, p of those GOE levels", "above .05", f"{control.p_value:.2g}")
+        claims.show(where, quantity, f"{control.brody:.3f}", ours)
+    told = [word(one.p_value) for one in (control, found)]
+    claims.show("", f"{name}: p, GOE levels of this density and its own", told[0], told[1])
+
+
+def brody_error(found: LevelStatistics) -> float:
+    """As for GOE levels, as many in as many spectra."""
+    return moments("brody", found.levels // found.spectra).sd / found.spectra**0.5
+
+
+def word(p: float | None) -> str:
+    return "refused: too uneven to be unfolded" if p is None else f"{p:.2g}"
 
 
 def dense(model: Model, dtype: torch.dtype, first: int) -> np.ndarray:

@@ -81,6 +81,10 @@ def refined(claims: Claims) -> None:
         )
         claims.near("(32)", f"refined eps_c, phi {phi}", law.critical_energy, critical, within=6e-8)
         claims.near("(30)", f"refined eps_c where the lower edge is 0, phi {phi}", edge, critical, relative=1e-6)
+    for phi in (0.99, 0.999):
+        limit = 8 / 27 * (1 - phi) ** 3
+        ours = RefinedWishartPlusWigner(phi, 1.0).critical_energy / limit
+        claims.near("(33)", f"refined eps_c over 8/27 (1 - phi)^3, phi {phi}", ours, 1.0, within=1.1 * (1 - phi))
 
 
 def fit(claims: Claims, n: int) -> None:

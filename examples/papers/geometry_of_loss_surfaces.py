@@ -104,9 +104,8 @@ def networks(claims: Claims, size: Size, phi: float) -> Found:
         index, spectrum = float((exact < 0).mean()), reading.spectrum
         low, high = index_bounds(spectrum.nodes, spectrum.weights)
         claims.between("5.3", "exact index after training, within the monitor's bounds, phi 1/2", index, low, high)
-        claims.show(
-            "5.3", "index by the monitor's negative mass", f"{index:.4f} exactly", f"{spectrum.negative_mass:.4f}"
-        )
+        mass, error = spectrum.negative_mass, spectrum.negative_mass_stderr
+        claims.near("5.3", "index by the monitor's negative mass", mass, index, within=3 * error, stderr=error)
         trace = spectrum.trace
         within = 4 * trace.stderr
         claims.near(

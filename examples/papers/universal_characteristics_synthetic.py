@@ -93,7 +93,10 @@ def spikes(claims: Claims) -> None:
     value, location, predicted, seen = np.mean(rows, axis=0)
     for j in (0, 1):
         law, overlap = theta[j] + sigma**2 / theta[j], 1 - sigma**2 / theta[j] ** 2
-        claims.near("(4)", f"spike {theta[j]:g}, sigma .7: outlier", value[j], law, relative=0.01)
+        error = np.sqrt(2 * overlap / n / len(rows)) * sigma  # an outlier fluctuates by sigma sqrt(2 overlap / n)
+        claims.near(
+            "(4)", f"spike {theta[j]:g}, sigma .7: outlier", value[j], law, within=4 * error, source="4 of its errors"
+        )
         claims.near("(4)", f"spike {theta[j]:g}: location theta from H alone", location[j], theta[j], relative=0.02)
         claims.near("(4)", f"spike {theta[j]:g}: overlap", seen[j], overlap, within=0.02)
         claims.near(
@@ -112,11 +115,11 @@ def two_atoms(claims: Claims) -> None:
     for seed in range(4):
         pairs = top_eigenpairs(Dense(np.diag(truth) + sigma * goe(n, rng)), 1, steps=60, seed=seed)
         rows.append((pairs.values[0], float(pairs.vectors[0, 0]) ** 2))
-    value, overlap = np.mean(rows, axis=0)
-    claims.near(
-        "(4)", "spike 3, bulk {0: .8, 1: .2}: outlier", value, theta + sigma**2 * (0.8 / 3 + 0.2 / 2), relative=0.01
-    )
-    claims.near("(4)", "the same: overlap", overlap, 1 - sigma**2 * (0.8 / 9 + 0.2 / 4), within=0.02)
+    value, seen = np.mean(rows, axis=0)
+    law, overlap = theta + sigma**2 * (0.8 / 3 + 0.2 / 2), 1 - sigma**2 * (0.8 / 9 + 0.2 / 4)
+    error = np.sqrt(2 * overlap / n / len(rows)) * sigma
+    claims.near("(4)", "spike 3, bulk {0: .8, 1: .2}: outlier", value, law, within=4 * error, source="4 of its errors")
+    claims.near("(4)", "the same: overlap", seen, overlap, within=0.02)
 
 
 def spike_curve(n: int) -> SpikeCurve:
@@ -156,7 +159,7 @@ def noise_of_batches(claims: Claims) -> None:
     truth = 4 / batch * (1 + 1 / n)
     matrices = [2 / batch**0.5 * goe(n, rng) for _ in range(draws)]
     halves = [
-        noise_scale(Dense(one, batch), Dense(other, batch), probes=4, seed=seed).mean ** 2
+        noise_scale(Dense(one, batch), Dense(other, batch), probes=12, seed=seed).mean ** 2
         for seed, (one, other) in enumerate(zip(matrices[::2], matrices[1::2], strict=True))
     ]
     claims.near("V", "two batches", float(np.mean(halves)), truth, relative=0.03, stderr=np.std(halves) / 6**0.5)
@@ -217,7 +220,7 @@ def damping(claims: Claims) -> None:
         values, resolvent = np.linalg.eigvalsh(one.matrix), np.linalg.inv(one.matrix + 2 * np.eye(n))
         cost = expected_curvature(2.0, SIGMA, one.spectrum, VectorMeasure(values, np.ones(n)))
         ratios.append(cost / np.sum(np.square(resolvent) * one.truth))
-    within = 0.03 if claims.quick else 0.01
+    within = 0.05 if claims.quick else 0.03  # four standard deviations of two draws, .7 %
     claims.near("(7)", "tr E[R A R] from H alone over the truth, d = 2", float(np.mean(ratios)), 1.0, within=within)
 
     flat = estimate_spectrum(Dense(SIGMA * goe(n, np.random.default_rng(7))), steps=100, probes=2, seed=0)
@@ -247,14 +250,15 @@ def damping(claims: Claims) -> None:
 def cleaning(claims: Claims) -> None:
     """(8) and (9) from a Lanczos quadrature alone, against the truth that no rule knows."""
     n, eta = 500 if claims.quick else 1000, 0.06
-    one = noisy(n, 9, steps=80, probes=6)
+    one = noisy(n, 9, steps=80, probes=12)
     levels, vectors = np.linalg.eigh(one.matrix)
     mean, square = one.truth @ vectors**2, one.truth**2 @ vectors**2  # u'Au and u'A^2 u
     nodes, weights = one.spectrum.nodes.ravel(), one.spectrum.weights.ravel() / len(one.spectrum.nodes)
     z = levels + 1j * eta
     g = (1 / (z[:, None] - nodes)) @ weights
     xi = levels - 2 * SIGMA**2 * g.real
-    claims.between("(8)", "RMSE of the cleaned curvature to u'Au", float(np.sqrt(np.mean((xi - mean) ** 2))), high=0.06)
+    rmse = float(np.sqrt(np.mean((xi - mean) ** 2)))
+    claims.between("(8)", "RMSE of the cleaned curvature to u'Au", rmse, high=0.065, source="before: 0.053")
 
     def risk(curvature: np.ndarray) -> float:
         """|U curvature U' - A|_F^2 / P."""

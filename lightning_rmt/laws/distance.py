@@ -47,7 +47,7 @@ class Comparison:
 
 def comparison(law: Law, bulk: Bulk) -> Comparison:
     """The points for a law and a bulk."""
-    zeros = law.atom > 0
+    zeros = bool(law.atom > 0)  # a NumPy bool, where a parameter is a NumPy scalar, doesn't repeat lists
     nodes, _ = bulk.pooled(zeros)
     angle = np.linspace(0, np.pi, POINTS)
     grids = [(a + b) / 2 - (b - a) / 2 * np.cos(angle) for a, b in law.support]

@@ -25,7 +25,17 @@ from lightning_rmt.levels.spacings import (
     ratio_variance,
     spacing_ratios,
 )
-from lightning_rmt.levels.unfolding import SHORTEST_OF_SEVERAL, long_enough, unfold, unfold_trend
+from lightning_rmt.levels.unfolding import (
+    SHORTEST_OF_SEVERAL,
+    WIDE,
+    decades,
+    largest_unevenness,
+    long_enough,
+    unevenness,
+    unfold,
+    unfold_trend,
+    without_zero,
+)
 from lightning_rmt.levels.verdict import (
     FEWEST_LEVELS,
     LARGEST_DEGENERATE,
@@ -56,7 +66,8 @@ class LevelStatistics:
         p_value: probability of such a distance or more for GOE levels that went through the same procedure, simulated;
             between 1e-4, which stands for "p < 1e-4", and 1. Several spectra: Cauchy combination, which sees less of a
             small difference that all of them share than ``brody`` does (28 batches of a softmax regression: p = .04, and
-            an exponent of .844 where GOE has .958 +- .014).
+            an exponent of .844 where GOE has .958 +- .014). None where the density is too uneven to be unfolded, with the
+            reason in ``notes``; so then are the references of ``brody``, and what reaches over many spacings.
         brody: Brody's exponent by maximum likelihood. GOE has .957, not 1; independent levels 0.
         brody_goe: mean and standard deviation of ``brody`` for as many GOE levels.
         brody_poisson: the same for independent levels.
@@ -266,14 +277,14 @@ def _notes(cuts: Sequence[Cut]) -> tuple[str, ...]:
 
 def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Statistics of the unfolded spacings, and why some are missing."""
-    runs = [long_enough(run.levels for run in cut.runs) for cut in cuts]
+    runs = [long_enough(part for run in cut.runs for part in without_zero(run.levels)) for cut in cuts]
     spectra = [(np.concatenate([unfold(run) for run in kept]), sum(run.size for run in kept)) for kept in runs if kept]
     notes = []
     unfolded, kept_levels = sum(k for _, k in spectra), sum(cut.kept for cut in cuts)
     if unfolded < kept_levels:
         notes.append(
             f"{kept_levels - unfolded} levels are in the ratio but not in the distribution of spacings: in one of several "
-            f"runs, of fewer than {SHORTEST_OF_SEVERAL}"
+            f"runs, or on one side of zero, of fewer than {SHORTEST_OF_SEVERAL}"
         )
     if not spectra:
         return {}, tuple(notes)
@@ -284,6 +295,8 @@ def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any]
         "spacing_variance": float(everything.var()),
         "anderson_darling": float(np.median(distances)),
     }
+    if refusal := _not_unfolded([kept for kept in runs if kept]):
+        return found, (*notes, refusal)
     tested = [(distance, k) for distance, (_, k) in zip(distances, spectra, strict=True) if reference.in_table(k)]
     if tested:
         p = combine_p_values([reference.p_value(distance, k) for distance, k in tested])
@@ -297,12 +310,25 @@ def _distribution(cuts: Sequence[Cut], effective: float) -> tuple[dict[str, Any]
         notes.append(
             f"no p-value: its null is known for {reference.SIZES[0]} to {reference.SIZES[-1]} levels in a spectrum"
         )
-    long = [run.levels for cut in cuts for run in cut.runs if run.levels.size >= reference.LONG_RANGE_LEVELS]
+    long = [run for kept in runs for run in kept if run.size >= reference.LONG_RANGE_LEVELS]
     if long:
         found |= _long_range(long)
     else:
         notes.append(f"no number variance or rigidity: they need {reference.LONG_RANGE_LEVELS} consecutive levels")
     return found, tuple(notes)
+
+
+def _not_unfolded(spectra: Sequence[Sequence[Vector]]) -> str | None:
+    """Why the unfolded spacings can't be compared with the null, if they can't: typically over the spectra."""
+    width = float(np.median([max(decades(run) for run in runs) for runs in spectra]))
+    off = float(np.median([unevenness(runs) for runs in spectra]))
+    allowed = float(np.median([largest_unevenness(runs) for runs in spectra]))
+    if width <= WIDE or off <= allowed:
+        return None
+    return (
+        f"no p-value: the mean spacing varies over {width:.1f} decades, and the fit to it is off by {off:.0%} over 21 "
+        f"spacings ({allowed:.0%} allowed), which the unfolding may have done as well as the levels; the ratio needs none"
+    )
 
 
 def _long_range(runs: Sequence[Vector]) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def _bulk(reading: Reading) -> Iterator[_Item]:
         yield _Item(tag, getattr(spectrum, tag), "")
         yield _Item(f"{tag}_low", low, "")
         yield _Item(f"{tag}_high", high, "")
+    yield _Item("negative_mass_stderr", spectrum.negative_mass_stderr, "")
     cumulants = spectrum.free_cumulants()
     for tag, estimate in (("free_skew", cumulants.skew), ("free_kurtosis", cumulants.kurtosis)):
         for suffix, value in (("", estimate.mean), ("_stderr", estimate.stderr)):

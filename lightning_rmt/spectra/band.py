@@ -110,6 +110,27 @@ def cdf_bounds(
     return lower, upper
 
 
+def share_stderr(runs: tuple[Tridiagonal, ...], quadrature: Quadrature, x: float) -> float:
+    """Standard error of the share of eigenvalues at or below x.
+
+    Two parts, taken as independent: the sampling error of `cdf_bounds`, for a mass amid its bare bounds, and the standard
+    deviation of what lies anywhere between these. Among the exact levels both are zero.
+
+    Args:
+        runs: the probes.
+        quadrature: the measure with its exact levels.
+        x: the point.
+    """
+    lower, upper = (float(bound) for bound in cdf_bounds(runs, quadrature, x, 0.0))
+    n, rest = quadrature.size, quadrature.rest_size
+    probes = sum(part.nodes.size > 0 for part in quadrature.rests)
+    if rest == 0 or probes == 0 or not quadrature.low_cut < x < quadrature.high_cut:
+        return 0.0
+    within = min(max(((lower + upper) / 2 * n - quadrature.low.size) / rest, 0.0), 1.0)
+    sampling = rest / n * math.sqrt(2 * within * (1 - within) / (rest + 2) / probes)
+    return math.hypot(sampling, (upper - lower) / math.sqrt(12))
+
+
 def _most_levels(mass: NDArray[np.float64], levels: int, probes: int, z: float) -> NDArray[np.float64]:
     """The largest number of levels, of so many, that may hold a mass this small in the mean over probes.
 

@@ -280,6 +280,11 @@ class Spectrum:
         lower, upper = self.cdf_band(self._below_zero)
         return float(lower), float(upper)
 
+    @cached_property
+    def negative_mass_stderr(self) -> float:
+        """Standard error of `negative_mass`: over start vectors, and what the resolution leaves open."""
+        return band.share_stderr(self.runs, self._quadrature, self._below_zero)
+
     # --- files ----------------------------------------------------------------------------------------------------
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:

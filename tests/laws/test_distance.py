@@ -7,7 +7,15 @@ import pytest
 from measured_cases import quantiles, spectrum_of
 from scipy.stats import wasserstein_distance
 
-from lightning_rmt.laws import MarchenkoPastur, Semicircle, WishartPlusWigner
+from lightning_rmt.laws import (
+    MarchenkoPastur,
+    PercolatedWigner,
+    ProductWigner,
+    ProductWishart,
+    Semicircle,
+    SparseWigner,
+    WishartPlusWigner,
+)
 from lightning_rmt.laws.distance import comparison, law_distance, resolution_floor
 
 
@@ -20,6 +28,23 @@ def test_the_distance_is_the_usual_one(law):
     if not at.zeros:
         assert law.atom == 0
     assert law_distance(law, bulk, at) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "law_of",
+    [
+        lambda number: MarchenkoPastur(number(2)),
+        lambda number: ProductWishart((number(1), number(0.5), number(2))),
+        lambda number: ProductWigner(number(0.4)),
+        lambda number: PercolatedWigner(number(0.5)),
+        lambda number: SparseWigner(number(2)),
+    ],
+)
+def test_parameters_may_be_numpy_scalars(law_of):
+    bulk = spectrum_of(MarchenkoPastur(2.0).rvs(300, np.random.default_rng(0)), 30).bulk
+    plain, numpy = comparison(law_of(float), bulk), comparison(law_of(np.float64), bulk)
+    assert plain.zeros is numpy.zeros is True
+    np.testing.assert_array_equal(plain.x, numpy.x)
 
 
 def test_a_shift_is_its_own_distance():

@@ -58,6 +58,19 @@ def two_signs_map(k, rng):
     return student.ppf(uniform(k, rng), 2)
 
 
+def through_zero_map(k, rng):
+    """Both signs over eight decades, without a hole at zero, as in an untrained network's Hessian."""
+    return 1e-8 * np.sinh(np.log(2e8) * (2 * uniform(k, rng) - 1))
+
+
+def steps_map(k, rng):
+    """Log-uniform over nine decades but for three heaps that begin and end abruptly: no fit follows these."""
+    grid = np.linspace(-9, 0, 9001)
+    density = np.where(grid % 3 < 0.6, 12.0, 0.6)
+    share = np.append(0, np.cumsum((density[1:] + density[:-1]) / 2))
+    return 10 ** np.interp(uniform(k, rng), share / share[-1], grid)
+
+
 def two_signs_and_zeros(k, rng):
     return np.sort(np.append(two_signs_map(k, rng) + 0.4, np.zeros(k // 2)))
 
@@ -72,6 +85,7 @@ MAPS = {
         log_uniform_map,
         heaps_map,
         two_signs_map,
+        through_zero_map,
         two_signs_and_zeros,
     )
 }

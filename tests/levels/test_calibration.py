@@ -7,11 +7,12 @@ from functools import cache
 import numpy as np
 import pytest
 from known_spectra import goe
-from mapped_levels import MAPS, bulk, poisson, two_blocks
+from mapped_levels import MAPS, bulk, poisson, steps_map, two_blocks
 from scipy.stats import kstest
 from scipy.stats import norm as normal
 
 from lightning_rmt import level_statistics
+from lightning_rmt.levels.reference import p_value
 from lightning_rmt.levels.spacings import anderson_darling
 from lightning_rmt.levels.unfolding import unfold
 
@@ -43,6 +44,34 @@ def test_p_rejects_a_power_law_of_goe_levels_at_its_nominal_rate(k, count, low, 
     p = np.array([reading.p_value for reading in readings(MAPS["power_law_map"], k, count)], dtype=float)
     assert np.isnan(p).mean() <= 0.01
     assert low <= (p < 0.05).mean() <= high
+
+
+@pytest.mark.parametrize(("k", "count", "low", "high"), [(100, 200, 0.01, 0.09), (400, 120, 0.01, 0.11)])
+def test_p_rejects_goe_levels_through_zero_over_eight_decades_at_its_nominal_rate(k, count, low, high):
+    """Each side of zero is unfolded by itself; in one piece the spacings read as anything but GOE's."""
+    found = readings(MAPS["through_zero_map"], k, count)
+    p = np.array([reading.p_value for reading in found], dtype=float)
+    assert np.isnan(p).mean() <= 0.02
+    assert low <= (p < 0.05).mean() <= high
+    assert np.mean([r.brody for r in found]) == pytest.approx(found[0].brody_goe[0], abs=0.04)
+    levels = [MAPS["through_zero_map"](k, np.random.default_rng(seed)) for seed in range(20)]
+    in_one_piece = [p_value(anderson_darling(unfold(one)), k) for one in levels]
+    assert np.mean(np.array(in_one_piece) < 0.05) > 0.7
+
+
+def test_what_cannot_be_unfolded_has_no_p_value_and_keeps_its_ratio():
+    k = 400
+    found = readings(steps_map, k, 20)
+    assert {r.p_value for r in found} == {r.brody_goe for r in found} == {r.number_variance for r in found} == {None}
+    assert {r.verdict_kind for r in found} == {"repel"}
+    assert all("the mean spacing varies over" in r.notes[-1] for r in found)
+    spacings = [unfold(steps_map(k, np.random.default_rng(seed))) for seed in range(20)]
+    assert np.mean([p_value(anderson_darling(s), k) < 0.05 for s in spacings]) > 0.9  # what would have been said
+
+
+def test_independent_levels_and_even_densities_keep_their_p_value():
+    for make in (poisson, two_blocks, bulk):
+        assert all(r.p_value is not None for r in readings(make, 400, 20))
 
 
 def test_the_ratio_of_a_power_law_is_little_biased():

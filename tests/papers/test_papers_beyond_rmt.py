@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import beyond_rmt as script
+import beyond_rmt_ensembles
 import numpy as np
 import pytest
 from beyond_rmt_ensembles import FAMILIES, PercolatedWishart, mass
 from beyond_rmt_zeros import exact_zeros
+from claims import Claims
 from misfit import kolmogorov, measured
 
-from lightning_rmt.laws import MarchenkoPastur, PercolatedWigner, Semicircle
+from lightning_rmt.laws import MarchenkoPastur, PercolatedWigner, ProductWigner, Semicircle
 
 
 @pytest.mark.slow
@@ -48,6 +50,24 @@ def test_the_nearest_member_says_whether_its_family_is_right(law):
             assert one.relative < 1.5
         elif not (name == "percolated Wigner" and isinstance(law, Semicircle)):  # which has it as a member
             assert one.relative > 2
+
+
+def test_products_with_another_dimension_are_seen(tmp_path, monkeypatch, capsys):
+    claims = Claims("paper", "A paper", "Somebody", "About.", ["--quick", "--out", str(tmp_path)])
+
+    class Wrong(ProductWigner):
+        """A ratio of dimensions that is a tenth too large."""
+
+        def rvs(self, size, rng):
+            return ProductWigner(1.1 * self.ratio, self.scale).rvs(size, rng)
+
+    monkeypatch.setattr(beyond_rmt_ensembles, "ProductWigner", Wrong)
+    beyond_rmt_ensembles.products(claims)
+    assert claims.finish() == 1
+    failed = capsys.readouterr().out.split("out of tolerance")[1]
+    assert "its KS distance" in failed
+    assert "zeros, product Wigner, c = 0.3" in failed
+    assert "product Wishart" not in failed
 
 
 def test_only_rounding_counts_as_an_exact_zero():

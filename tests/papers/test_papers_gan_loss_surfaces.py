@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import gan_loss_surfaces as script
+import gan_loss_surfaces_law
 import numpy as np
 import pytest
 import torch
-from gan_loss_surfaces_law import couplings, quartic, read_blocks, simulated_pair, touching_shift
+from claims import Claims
+from gan_loss_surfaces_law import couplings, quartic, read_blocks, simulate, simulated_pair, touching_shift
 from misfit import Dense, kolmogorov, misfit, nearest, without_largest
 
 from lightning_rmt import estimate_spectrum
@@ -52,6 +54,23 @@ def test_only_the_quartic_with_this_sign_has_the_law_as_a_root():
     height = float(BlockSemicircle(*parameters).density(-0.5)) * np.pi / 2
     assert np.abs(quartic(-0.5, *parameters, 1.0).imag - height).min() < 1e-9
     assert np.abs(quartic(-0.5, *parameters, -1.0).imag - height).min() > 0.01
+
+
+def test_a_law_with_another_constant_is_seen(tmp_path, monkeypatch, capsys):
+    claims = Claims("paper", "A paper", "Somebody", "About.", ["--quick", "--out", str(tmp_path)])
+    simulate(claims, 400)
+    assert claims.finish() == 0
+
+    class Wrong(BlockSemicircle):
+        """b a tenth too small."""
+
+        def rvs(self, size, rng):
+            return BlockSemicircle(self.fraction, self.coupling / 0.9, self.block, self.shift).rvs(size, rng)
+
+    monkeypatch.setattr(gan_loss_surfaces_law, "BlockSemicircle", Wrong)
+    simulate(claims, 400)
+    assert claims.finish() == 1
+    assert "KS distance of the law" in capsys.readouterr().out.split("out of tolerance")[1]
 
 
 def test_the_models_couplings_and_where_supports_touch():

@@ -22,7 +22,7 @@ ALWAYS = {
     ),
     *("bulk_edge_low", "bulk_edge_high", "q01", "q99"),
     *(f"{sign}_mass{bound}" for sign in ("zero", "negative") for bound in ("", "_low", "_high")),
-    *("free_skew", "free_skew_stderr", "free_kurtosis", "free_kurtosis_stderr"),
+    *("negative_mass_stderr", "free_skew", "free_skew_stderr", "free_kurtosis", "free_kurtosis_stderr"),
     *("sharpness_times_lr", "two_over_lr", "probe_seconds", "overhead", "products", "symmetry_error", "repeat_error"),
 }
 

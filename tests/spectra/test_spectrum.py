@@ -29,6 +29,7 @@ def everything(s):
     for side in (s.outliers.high, s.outliers.low):
         found += [getattr(side, field.name) for field in dataclasses.fields(side)]
     found += [s.zero_mass, s.zero_width, s.zero_mass_bounds, s.negative_mass, s.negative_mass_bounds, s.atoms]
+    found += [s.negative_mass_stderr]
     found += [s.density(x), s.density_band(x), s.cdf(x), s.cdf_band(x), s.quantile(0.9), s.quantile_bounds(0.9)]
     return [*found, s.moment(3), s.free_cumulants()]
 

@@ -15,6 +15,7 @@ from known_spectra import (
 )
 
 from lightning_rmt.laws.percolated_wigner import PercolatedWigner
+from lightning_rmt.laws.semicircle import Semicircle
 from lightning_rmt.spectra.spectrum import Spectrum
 
 
@@ -115,9 +116,46 @@ def test_what_is_said_of_the_width_is_true_of_the_width(make):
     assert abs(np.mean(error)) < 0.03
 
 
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [
+        (lambda rng: Semicircle(2.0).rvs(1000, rng) + 1, 0.6),  # all of it sampling
+        (lambda rng: PercolatedWigner(0.5).rvs(1000, rng), 0.6),
+        (cored, 0.2),  # mostly resolution, of which the standard deviation is an upper end
+        (lambda rng: hessian_like(2000, rng), 0.5),
+    ],
+    ids=["semicircle", "percolated", "core", "atom"],
+)
+def test_the_error_of_the_negative_mass_is_what_it_scatters_by(make, least):
+    z = []
+    for seed in range(24):
+        eigenvalues = make(np.random.default_rng(seed))
+        spectrum = spectrum_of(eigenvalues, 100, seed=seed)
+        below = np.mean(eigenvalues < -spectrum.zero_width)
+        z.append((spectrum.negative_mass - below) / spectrum.negative_mass_stderr)
+    assert least < np.sqrt(np.mean(np.square(z))) < 1.25
+    assert np.abs(z).max() < 3.5
+
+
+def test_more_probes_make_the_error_of_the_negative_mass_smaller():
+    eigenvalues = Semicircle(2.0).rvs(1000, np.random.default_rng(0))
+    one, four = (
+        Spectrum(tuple(lanczos_of(eigenvalues, 100, seed) for seed in range(probes)), 1000, 100, NOISE)
+        for probes in (1, 4)
+    )
+    assert one.negative_mass_stderr == pytest.approx(np.sqrt(2 * 0.25 / 1002), rel=0.3)
+    assert four.negative_mass_stderr == pytest.approx(one.negative_mass_stderr / 2, rel=0.2)
+
+
+def test_where_all_eigenvalues_are_known_the_negative_mass_has_no_error():
+    spectrum = spectrum_of(np.array([-2.0, -1.0, 1.0, 3.0, 4.0]), 5)
+    assert (spectrum.negative_mass, spectrum.negative_mass_stderr) == (0.4, 0.0)
+
+
 def test_positive_operators_have_no_negative_mass():
     spectrum = spectrum_of(marchenko_pastur(1000), 60)
     assert spectrum.negative_mass == 0
+    assert spectrum.negative_mass_stderr < 1e-6
     assert spectrum.negative_mass_bounds[1] < 1e-6
 
 
