@@ -18,6 +18,8 @@ from lightning_rmt.report.files import load_run
 from lightning_rmt.report.scalars import scalars
 from lightning_rmt.report.tensorboard import layout
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 5  # of 29 steps
 FIGURES = ["rmt/spectrum", "rmt/spectrum_over_time", "rmt/free_cumulants"]
 

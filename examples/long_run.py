@@ -1,0 +1,338 @@
+"""Two whole trainings to look at: a character GPT and a CNN, thousands of steps each on one core.
+
+    python examples/long_run.py [--quick] [--only gpt] [--output docs/long_run]
+
+Each is trained three times, and the weights at the end are compared bit by bit: without a monitor, with the default one
+(5 % of the time), and with one that looks often, for the pictures. Tables and figures go to ``--output``; the TensorBoard
+logs stay in ``long_run_logs``. The text is Python's own reference manual (the stdlib's ``pydoc_data.topics``), the images
+are scikit-learn's digits: nothing is downloaded. Some ten minutes in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pydoc_data.topics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from sklearn.datasets import load_digits
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_rmt import Reading, SpectrumMonitor
+from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure
+from lightning_rmt.report.files import load_run
+from lightning_rmt.report.history import HistoryEntry
+from lightning_rmt.report.wording import number, with_error
+
+CONTEXT, WIDTH, HEADS, LAYERS = 32, 48, 4, 2
+MOMENTUM = 0.9
+
+
+@cache
+def manual() -> tuple[Tensor, int]:
+    """The characters as numbers, shape (characters,), and how many kinds there are; all but ASCII is left out."""
+    topics = pydoc_data.topics.topics
+    text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
+    letters, tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).unique(return_inverse=True)
+    return tokens, len(letters)
+
+
+class Snippets(IterableDataset):
+    """``steps`` batches of 32 snippets, each with the same one character later."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        text, _ = manual()
+        random = torch.Generator().manual_seed(1)
+        for _ in range(self.steps):
+            starts = torch.randint(len(text) - CONTEXT, (32, 1), generator=random)
+            snippets = text[starts + torch.arange(CONTEXT + 1)]
+            yield snippets[:, :-1], snippets[:, 1:]
+
+
+class ShiftedDigits(IterableDataset):
+    """``steps`` batches of 64 digits, each batch shifted by up to a pixel and with a little noise."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data = load_digits()
+        images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
+        labels = torch.tensor(data.target)
+        random = torch.Generator().manual_seed(1)
+        for _ in range(self.steps):
+            rows = torch.randint(len(labels), (64,), generator=random)
+            down, right = torch.randint(-1, 2, (2,), generator=random).tolist()
+            batch = torch.roll(images[rows], (down, right), (2, 3))
+            yield batch + 0.3 * torch.randn(batch.shape, generator=random), labels[rows]
+
+
+class Block(nn.Module):
+    """Causal self-attention and two layers, each behind a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend_norm, self.feed_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.join = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(self.attend_norm(x)).unflatten(-1, (3, HEADS, -1))  # (batch, place, 3, head, feature)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.join(attended.transpose(1, 2).flatten(2))
+        return x + self.feed(self.feed_norm(x))
+
+
+class GPT(nn.Module):
+    """The usual one, small: the next character from up to 32 before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        letters = manual()[1]
+        self.letter, self.place = nn.Embedding(letters, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, letters)
+        for embedding in (self.letter, self.place):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, snippets: Tensor) -> Tensor:
+        x = self.letter(snippets) + self.place(torch.arange(snippets.shape[1]))
+        return self.head(self.norm(self.blocks(x))).transpose(1, 2)  # (batch, letter, place), as cross_entropy wants it
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 4 * 4, 10)),
+    )
+
+
+class Training(pl.LightningModule):
+    """A network with a learning rate that warms up over a twentieth of the steps and then falls as a cosine."""
+
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        super().__init__()
+        self.net, self.optimizer, self.steps = net, optimizer, steps
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return cross_entropy(self.net(inputs), labels)
+
+    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: list[Tensor], batch_idx: int) -> None:
+        self.losses.append(outputs["loss"].detach())
+        if batch_idx % 50 == 0:
+            self.logger.log_metrics({"train_loss": float(outputs["loss"])}, self.global_step - 1)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        warm = max(1, self.steps // 20)
+
+        def factor(step: int) -> float:
+            done = (step - warm) / max(1, self.steps - warm)
+            return (step + 1) / warm if step < warm else 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Plan(NamedTuple):
+    """One of the two trainings.
+
+    Attributes:
+        title: for the tables.
+        data: makes ``steps`` batches.
+        steps: of the whole training.
+        every: steps between full probes of the monitor that looks often; light ones are five times as many.
+        limit: on lambda_max, in units of 1/lr: 2 (1 + momentum) for SGD; None where lambda_max alone knows none.
+    """
+
+    title: str
+    data: type[IterableDataset]
+    steps: int
+    every: int
+    limit: float | None
+
+
+PLANS = {
+    "gpt": Plan("character GPT, AdamW", Snippets, 12001, 1200, None),
+    "cnn": Plan("CNN, SGD with momentum", ShiftedDigits, 20001, 2000, 2.0 * (1.0 + MOMENTUM)),
+}
+QUICK = {"lanczos_steps": 10, "levels": None, "figures_every": 0}
+
+
+def prepare(name: str, steps: int) -> Training:
+    torch.manual_seed(0)
+    if name == "gpt":
+        net: nn.Module = GPT()
+        return Training(net, torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01), steps)
+    net = cnn()
+    return Training(net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=MOMENTUM), steps)
+
+
+class Run(NamedTuple):
+    """What one training left.
+
+    Attributes:
+        module: after it.
+        wall: seconds that ``fit`` took.
+        cpu: seconds of this process's CPU time that ``fit`` took.
+        readings: full and light ones, in order.
+    """
+
+    module: Training
+    wall: float
+    cpu: float
+    readings: list[Reading]
+
+    @property
+    def full(self) -> list[Reading]:
+        return [reading for reading in self.readings if not reading.light]
+
+    def loss(self, step: int) -> float:
+        """Mean over the (up to) 100 steps before this one, and it."""
+        return float(torch.stack(self.module.losses[max(0, step - 99) : step + 1]).mean())
+
+
+def train(name: str, steps: int, logs: Path, monitor: SpectrumMonitor | None) -> Run:
+    """With a real Trainer."""
+    module = prepare(name, steps)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=TensorBoardLogger(logs, name=name),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[] if monitor is None else [monitor],
+    )
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.fit(module, DataLoader(PLANS[name].data(steps), batch_size=None))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Run(module, wall, cpu, [] if monitor is None else load_run(trainer.log_dir)["rmt"])
+
+
+def same_weights(a: Run, b: Run) -> bool:
+    """To the bit."""
+    pairs = zip(a.module.state_dict().values(), b.module.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def spectrum_table(run: Run, limit: float | None) -> str:
+    """Up to six full readings from the first to the last."""
+    chosen = sorted({round(i * (len(run.full) - 1) / 5) for i in range(6)})
+    rows = [_row(run, run.full[i], limit) for i in chosen]
+    first, *names = rows[0]
+    return tabulate(
+        [[key, *(row[key] for row in rows)] for key in names], [first, *(row[first] for row in rows)], "pipe"
+    )
+
+
+def _row(run: Run, reading: Reading, limit: float | None) -> dict[str, str]:
+    spectrum, noise, rate = reading.spectrum, reading.noise, reading.learning_rate or math.nan
+    count, tenth = spectrum.outliers.high.count, spectrum.top[9:10]
+    low, high = spectrum.quantile_bounds(0.99)
+    try:
+        damping = number(reading.local_law_damping())
+    except ValueError:
+        damping = "refused"
+    return {
+        "step": str(reading.step),
+        "loss, mean of 100 steps": number(run.loss(reading.step), 3),
+        "λ_max": with_error(spectrum.lambda_max.value, spectrum.lambda_max.residual),
+        "learning rate": number(rate),
+        "limit, 3.8 over it" if limit else "2 over it, no limit for AdamW": number((limit or 2.0) / rate),
+        "outliers above the bulk": "no gap" if count is None else str(count),
+        "10th largest": number(tenth[0].value) if tenth else "not certified",
+        "99 % are below": f"{number(low)} to {number(high)}",
+        "λ_min": with_error(spectrum.lambda_min.value, spectrum.lambda_min.residual),
+        "share at zero": f"{number(100 * spectrum.zero_mass)} %",
+        "share below zero": f"{number(100 * spectrum.negative_mass)} %",
+        "trace": with_error(spectrum.trace.mean, spectrum.trace.stderr),
+        "noise edge": "not measured" if noise is None else number(noise.edge),
+        "anisotropy of the noise": "not measured"
+        if noise is None or noise.anisotropy is None
+        else number(noise.anisotropy),
+        "damping by the local law": damping,
+    }
+
+
+def cost_table(title: str, plain: Run, runs: dict[str, Run]) -> str:
+    rows: list[list[object]] = [
+        ["CPU time of the training, s", f"{plain.cpu:.1f}", *(f"{run.cpu:.1f}" for run in runs.values())],
+        ["overhead, CPU time", "", *(f"{100 * (run.cpu / plain.cpu - 1):.1f} %" for run in runs.values())],
+        ["share of the wall-clock time", "", *(f"{100 * _probing(run):.1f} %" for run in runs.values())],
+        ["full probes", "", *(len(run.full) for run in runs.values())],
+        ["light probes", "", *(len(run.readings) - len(run.full) for run in runs.values())],
+        ["products of all probes", "", *(sum(r.spectrum.products for r in run.readings) for run in runs.values())],
+        [
+            "same weights at the end",
+            "",
+            *("yes, all bits" if same_weights(plain, run) else "NO" for run in runs.values()),
+        ],
+    ]
+    return tabulate(rows, [title, "no monitor", *runs], "pipe")
+
+
+def _probing(run: Run) -> float:
+    """Time in probes over the rest."""
+    seconds = sum(reading.seconds for reading in run.readings)
+    return seconds / (run.wall - seconds)
+
+
+def write(name: str, plain: Run, runs: dict[str, Run], output: Path) -> None:
+    """Tables as Markdown, figures as PNG; the spectrum is that of the last run."""
+    *_, often = runs.values()
+    output.mkdir(parents=True, exist_ok=True)
+    spectra, costs = spectrum_table(often, PLANS[name].limit), cost_table(PLANS[name].title, plain, runs)
+    print(spectra, costs, sep="\n\n", end="\n\n")
+    (output / f"{name}_spectrum.md").write_text(spectra + "\n", encoding="utf-8")
+    (output / f"{name}_cost.md").write_text(costs + "\n", encoding="utf-8")
+    history = [HistoryEntry.from_reading(reading) for reading in often.readings]
+    heat_map_figure(history).savefig(output / f"{name}_spectrum_over_time.png", dpi=130)
+    outliers_over_time_figure(history).savefig(output / f"{name}_eigenvalues_over_time.png", dpi=130)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, dict[str, Run]]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: too short to mean anything")
+    parser.add_argument("--only", choices=PLANS)
+    parser.add_argument("--output", type=Path, default=Path("docs/long_run"))
+    parser.add_argument("--logs", type=Path, default=Path("long_run_logs"))
+    options = parser.parse_args(arguments)
+    for words in (".*does not have many workers.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", words)
+    torch.set_num_threads(1)
+    found = {}
+    for name in [options.only] if options.only else PLANS:
+        steps, every = (21, 10) if options.quick else (PLANS[name].steps, PLANS[name].every)
+        settings = {"custom_scalars": True, **(QUICK if options.quick else {})}
+        often = {"every_n_steps": every, "light_every_n_steps": every // 5}
+        monitors = {
+            "default": SpectrumMonitor(**settings),
+            f"every {every} and {every // 5} steps": SpectrumMonitor(**often, **settings),
+        }
+        plain = train(name, steps, options.logs, None)
+        runs = {title: train(name, steps, options.logs, monitor) for title, monitor in monitors.items()}
+        write(name, plain, runs, options.output)
+        found[name] = plain, runs
+    return found
+
+
+if __name__ == "__main__":
+    main()
