@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # by steps rather than by the clock, so that the pictures look alike on every machine
         monitor = SpectrumMonitor(every_n_steps=150, light_every_n_steps=30, custom_scalars=True)
-        demo.train(Path(folder), 52, monitor)
+        demo.train(Path(folder), 52, monitor, seconds=900)
         take_pictures(Path(folder) / "lightning_logs", options.output, browser)
 
 

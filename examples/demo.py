@@ -58,14 +58,14 @@ class ShiftedDigits(Dataset):
         return image + 0.2 * torch.randn(image.shape), self.labels[index]
 
 
-def train(output: Path, epochs: int, monitor: SpectrumMonitor | None) -> pl.Trainer:
+def train(output: Path, epochs: int, monitor: SpectrumMonitor | None, seconds: int = 90) -> pl.Trainer:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     pl.seed_everything(0)
     torch.set_num_threads(1)  # for a network this small, more threads only wait for each other
     trainer = pl.Trainer(
         max_epochs=epochs,
-        max_time={"seconds": 90},  # on a slow machine
+        max_time={"seconds": seconds},  # on a slow machine
         accelerator="cpu",
         default_root_dir=output,
         enable_checkpointing=False,

@@ -160,6 +160,8 @@ class Plan(NamedTuple):
         steps: of the whole training.
         every: steps between full probes of the monitor that looks often; light ones are five times as many.
         limit: on lambda_max, in units of 1/lr: 2 (1 + momentum) for SGD; None where lambda_max alone knows none.
+        rate: largest learning rate.
+        others: rates to try without a monitor, in a quarter of the steps.
     """
 
     title: str
@@ -167,22 +169,32 @@ class Plan(NamedTuple):
     steps: int
     every: int
     limit: float | None
+    rate: float
+    others: tuple[float, ...] = ()
 
 
 PLANS = {
-    "gpt": Plan("character GPT, AdamW", Snippets, 12001, 1200, None),
-    "cnn": Plan("CNN, SGD with momentum", ShiftedDigits, 20001, 2000, 2.0 * (1.0 + MOMENTUM)),
+    "gpt": Plan("character GPT, AdamW", Snippets, 4000, 400, None, 3e-3),
+    "cnn": Plan(
+        "CNN, SGD with momentum",
+        ShiftedDigits,
+        20001,
+        2000,
+        2.0 * (1.0 + MOMENTUM),
+        0.05,
+        (0.0125, 0.05, 0.2, 0.8, 3.2),
+    ),
 }
 QUICK = {"lanczos_steps": 10, "levels": None, "figures_every": 0}
 
 
-def prepare(name: str, steps: int) -> Training:
+def prepare(name: str, steps: int, rate: float) -> Training:
     torch.manual_seed(0)
     if name == "gpt":
         net: nn.Module = GPT()
-        return Training(net, torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.01), steps)
+        return Training(net, torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01), steps)
     net = cnn()
-    return Training(net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=MOMENTUM), steps)
+    return Training(net, torch.optim.SGD(net.parameters(), lr=rate, momentum=MOMENTUM), steps)
 
 
 class Run(NamedTuple):
@@ -209,9 +221,9 @@ class Run(NamedTuple):
         return float(torch.stack(self.module.losses[max(0, step - 99) : step + 1]).mean())
 
 
-def train(name: str, steps: int, logs: Path, monitor: SpectrumMonitor | None) -> Run:
-    """With a real Trainer."""
-    module = prepare(name, steps)
+def train(name: str, steps: int, logs: Path, monitor: SpectrumMonitor | None, rate: float | None = None) -> Run:
+    """With a real Trainer, and the plan's learning rate if no other one is given."""
+    module = prepare(name, steps, rate or PLANS[name].rate)
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -276,7 +288,6 @@ def cost_table(title: str, plain: Run, runs: dict[str, Run]) -> str:
     rows: list[list[object]] = [
         ["CPU time of the training, s", f"{plain.cpu:.1f}", *(f"{run.cpu:.1f}" for run in runs.values())],
         ["overhead, CPU time", "", *(f"{100 * (run.cpu / plain.cpu - 1):.1f} %" for run in runs.values())],
-        ["share of the wall-clock time", "", *(f"{100 * _probing(run):.1f} %" for run in runs.values())],
         ["full probes", "", *(len(run.full) for run in runs.values())],
         ["light probes", "", *(len(run.readings) - len(run.full) for run in runs.values())],
         ["products of all probes", "", *(sum(r.spectrum.products for r in run.readings) for run in runs.values())],
@@ -289,10 +300,17 @@ def cost_table(title: str, plain: Run, runs: dict[str, Run]) -> str:
     return tabulate(rows, [title, "no monitor", *runs], "pipe")
 
 
-def _probing(run: Run) -> float:
-    """Time in probes over the rest."""
-    seconds = sum(reading.seconds for reading in run.readings)
-    return seconds / (run.wall - seconds)
+def rates_table(name: str, steps: int, logs: Path) -> str:
+    """The loss at the end of shorter trainings with other learning rates."""
+    rows = []
+    for rate in PLANS[name].others:
+        losses = torch.stack(train(name, steps, logs, None, rate).module.losses)
+        rows.append(
+            [f"{rate:g}", *(number(float(part.mean())) for part in (losses[: steps // 10], losses[-steps // 10 :]))]
+        )
+    return tabulate(
+        rows, ["learning rate", "loss in the first tenth", "loss in the last tenth"], "pipe", disable_numparse=True
+    )
 
 
 def write(name: str, plain: Run, runs: dict[str, Run], output: Path) -> None:
@@ -330,6 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, dict[st
         plain = train(name, steps, options.logs, None)
         runs = {title: train(name, steps, options.logs, monitor) for title, monitor in monitors.items()}
         write(name, plain, runs, options.output)
+        if PLANS[name].others:
+            rates = rates_table(name, max(steps // 4, 10), options.logs)
+            print(rates, end="\n\n")
+            (options.output / f"{name}_rates.md").write_text(rates + "\n", encoding="utf-8")
         found[name] = plain, runs
     return found
 

@@ -67,6 +67,7 @@ def layout(name: str) -> dict[str, dict[str, list[Any]]]:
 
     return {
         f"{name}: learning rate, batch, damping": {
+            "lambda_max times lr, limit of SGD: 2": lines("sharpness_times_lr"),
             "lambda_max against 2/lr": lines("lambda_max", "two_over_lr"),
             "bulk against noise_edge": lines("noise_edge", "q99", "bulk_edge_high"),
             "damping: in use, left, suggested": lines("damping", "effective_damping", "local_law_damping"),
