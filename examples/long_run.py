@@ -3,30 +3,28 @@
     python examples/long_run.py [--quick] [--only gpt] [--output docs/long_run]
 
 Each is trained three times, and the weights at the end are compared bit by bit: without a monitor, with the default one
-(5 % of the time), and with one that looks often, for the pictures. Tables and figures go to ``--output``; the TensorBoard
-logs stay in ``long_run_logs``. The text is Python's own reference manual (the stdlib's ``pydoc_data.topics``), the images
-are scikit-learn's digits: nothing is downloaded. Some ten minutes in all.
+(5 % of the time), and with one that looks often, for the pictures. Then the CNN once more at other learning rates, and in
+a longer training with the default monitor. Tables and figures go to ``--output``, TensorBoard's logs to ``--logs``. The
+text is Python's own reference manual (the stdlib's ``pydoc_data.topics``), the images are scikit-learn's digits: nothing is
+downloaded. Some fifteen minutes in all.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import pydoc_data.topics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from long_run_networks import GPT, ShiftedDigits, Snippets, Training, cnn
 from pytorch_lightning.loggers import TensorBoardLogger
-from sklearn.datasets import load_digits
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_rmt import Reading, SpectrumMonitor
@@ -35,120 +33,7 @@ from lightning_rmt.report.files import load_run
 from lightning_rmt.report.history import HistoryEntry
 from lightning_rmt.report.wording import number, with_error
 
-CONTEXT, WIDTH, HEADS, LAYERS = 32, 48, 4, 2
 MOMENTUM = 0.9
-
-
-@cache
-def manual() -> tuple[Tensor, int]:
-    """The characters as numbers, shape (characters,), and how many kinds there are; all but ASCII is left out."""
-    topics = pydoc_data.topics.topics
-    text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore")
-    letters, tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).unique(return_inverse=True)
-    return tokens, len(letters)
-
-
-class Snippets(IterableDataset):
-    """``steps`` batches of 32 snippets, each with the same one character later."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        text, _ = manual()
-        random = torch.Generator().manual_seed(1)
-        for _ in range(self.steps):
-            starts = torch.randint(len(text) - CONTEXT, (32, 1), generator=random)
-            snippets = text[starts + torch.arange(CONTEXT + 1)]
-            yield snippets[:, :-1], snippets[:, 1:]
-
-
-class ShiftedDigits(IterableDataset):
-    """``steps`` batches of 64 digits, each batch shifted by up to a pixel and with a little noise."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        data = load_digits()
-        images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
-        labels = torch.tensor(data.target)
-        random = torch.Generator().manual_seed(1)
-        for _ in range(self.steps):
-            rows = torch.randint(len(labels), (64,), generator=random)
-            down, right = torch.randint(-1, 2, (2,), generator=random).tolist()
-            batch = torch.roll(images[rows], (down, right), (2, 3))
-            yield batch + 0.3 * torch.randn(batch.shape, generator=random), labels[rows]
-
-
-class Block(nn.Module):
-    """Causal self-attention and two layers, each behind a normalisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attend_norm, self.feed_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.join = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(self.attend_norm(x)).unflatten(-1, (3, HEADS, -1))  # (batch, place, 3, head, feature)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.join(attended.transpose(1, 2).flatten(2))
-        return x + self.feed(self.feed_norm(x))
-
-
-class GPT(nn.Module):
-    """The usual one, small: the next character from up to 32 before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        letters = manual()[1]
-        self.letter, self.place = nn.Embedding(letters, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, letters)
-        for embedding in (self.letter, self.place):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, snippets: Tensor) -> Tensor:
-        x = self.letter(snippets) + self.place(torch.arange(snippets.shape[1]))
-        return self.head(self.norm(self.blocks(x))).transpose(1, 2)  # (batch, letter, place), as cross_entropy wants it
-
-
-def cnn() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(16 * 4 * 4, 10)),
-    )
-
-
-class Training(pl.LightningModule):
-    """A network with a learning rate that warms up over a twentieth of the steps and then falls as a cosine."""
-
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        super().__init__()
-        self.net, self.optimizer, self.steps = net, optimizer, steps
-        self.losses: list[Tensor] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        return cross_entropy(self.net(inputs), labels)
-
-    def on_train_batch_end(self, outputs: dict[str, Tensor], batch: list[Tensor], batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].detach())
-        if batch_idx % 50 == 0:
-            self.logger.log_metrics({"train_loss": float(outputs["loss"])}, self.global_step - 1)
-
-    def configure_optimizers(self) -> dict[str, object]:
-        warm = max(1, self.steps // 20)
-
-        def factor(step: int) -> float:
-            done = (step - warm) / max(1, self.steps - warm)
-            return (step + 1) / warm if step < warm else 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Plan(NamedTuple):
@@ -162,6 +47,7 @@ class Plan(NamedTuple):
         limit: on lambda_max, in units of 1/lr: 2 (1 + momentum) for SGD; None where lambda_max alone knows none.
         rate: largest learning rate.
         others: rates to try without a monitor, in a quarter of the steps.
+        longer: steps of one more training with the default monitor, to see when it looks; 0 for none.
     """
 
     title: str
@@ -171,6 +57,7 @@ class Plan(NamedTuple):
     limit: float | None
     rate: float
     others: tuple[float, ...] = ()
+    longer: int = 0
 
 
 PLANS = {
@@ -183,6 +70,7 @@ PLANS = {
         2.0 * (1.0 + MOMENTUM),
         0.05,
         (0.0125, 0.05, 0.2, 0.8, 3.2),
+        60000,
     ),
 }
 QUICK = {"lanczos_steps": 10, "levels": None, "figures_every": 0}
@@ -313,6 +201,18 @@ def rates_table(name: str, steps: int, logs: Path) -> str:
     )
 
 
+def schedule_table(run: Run) -> str:
+    """When a monitor looked, what at, and what it had cost by then."""
+    rows = []
+    for reading in run.readings:
+        level = reading.spectrum.lambda_max
+        largest = with_error(level.value, level.residual) if level.certified else "not certified"
+        cost = f"{100 * (reading.overhead or math.nan):.1f} %"
+        rows.append([str(reading.step), reading.speed, str(reading.spectrum.products), largest, cost])
+    heads = ["step", "probe", "products", "λ_max", "probes so far over training so far"]
+    return tabulate(rows, heads, "pipe", disable_numparse=True)
+
+
 def write(name: str, plain: Run, runs: dict[str, Run], output: Path) -> None:
     """Tables as Markdown, figures as PNG; the spectrum is that of the last run."""
     *_, often = runs.values()
@@ -352,6 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, dict[st
             rates = rates_table(name, max(steps // 4, 10), options.logs)
             print(rates, end="\n\n")
             (options.output / f"{name}_rates.md").write_text(rates + "\n", encoding="utf-8")
+        if PLANS[name].longer:
+            longer = 30 if options.quick else PLANS[name].longer
+            schedule = schedule_table(train(name, longer, options.logs, SpectrumMonitor(**settings)))
+            print(schedule, end="\n\n")
+            (options.output / f"{name}_schedule.md").write_text(schedule + "\n", encoding="utf-8")
         found[name] = plain, runs
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import long_run
+import long_run_networks
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -37,6 +38,10 @@ def test_all_three_trainings_end_alike_and_the_tables_hold_what_was_measured(wri
     assert [cell.strip() for cell in largest.split("|")[2:-1]] == [with_error(a.value, a.residual) for a in levels]
     for picture in ("spectrum_over_time", "eigenvalues_over_time"):
         assert plt.imread(folder / f"{name}_{picture}.png").std() > 0.05
+    if name == "cnn":
+        rates = (folder / "cnn_rates.md").read_text(encoding="utf-8").splitlines()
+        assert [row.split("|")[1].strip() for row in rates[2:]] == ["0.0125", "0.05", "0.2", "0.8", "3.2"]
+        assert "| 0      | full" in (folder / "cnn_schedule.md").read_text(encoding="utf-8")
     with torch.no_grad():
         next(default.module.parameters()).view(-1)[0] += 1e-6
     assert not long_run.same_weights(plain, default)
@@ -45,10 +50,10 @@ def test_all_three_trainings_end_alike_and_the_tables_hold_what_was_measured(wri
 
 def test_the_gpt_sees_nothing_of_the_letters_to_come():
     torch.manual_seed(0)
-    gpt = long_run.GPT()
-    snippet = torch.randint(long_run.manual()[1], (1, long_run.CONTEXT))
+    gpt = long_run_networks.GPT()
+    snippet = torch.randint(long_run_networks.manual()[1], (1, long_run_networks.CONTEXT))
     other = snippet.clone()
-    other[0, 20] = (other[0, 20] + 1) % long_run.manual()[1]
+    other[0, 20] = (other[0, 20] + 1) % long_run_networks.manual()[1]
     before, after = gpt(snippet), gpt(other)
     assert torch.equal(before[..., :20], after[..., :20])
     assert not torch.equal(before[..., 20:], after[..., 20:])
