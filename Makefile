@@ -55,4 +55,4 @@ bench: $(BENCH_VENV)/.installed $(VENV)/.installed
 	$(THREADS) $(BIN)/python benchmarks/fence.py
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) demo_output lightning_logs site
+	rm -rf $(VENV) $(BENCH_VENV) demo_output long_run_logs lightning_logs site

@@ -58,28 +58,31 @@ class ShiftedDigits(Dataset):
         return image + 0.2 * torch.randn(image.shape), self.labels[index]
 
 
+def train(output: Path, epochs: int, monitor: SpectrumMonitor | None, seconds: int = 90) -> pl.Trainer:
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    pl.seed_everything(0)
+    torch.set_num_threads(1)  # for a network this small, more threads only wait for each other
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        max_time={"seconds": seconds},  # on a slow machine
+        accelerator="cpu",
+        default_root_dir=output,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[monitor] if monitor is not None else [],
+    )
+    trainer.fit(DigitsNet(), DataLoader(ShiftedDigits(), batch_size=64, shuffle=True))
+    return trainer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=650)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-
-    pl.seed_everything(0)
-    torch.set_num_threads(1)  # for a network this small, more threads only wait for each other
-    trainer = pl.Trainer(
-        max_epochs=args.epochs,
-        max_time={"seconds": 90},  # on a slow machine
-        accelerator="cpu",
-        default_root_dir=args.output,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[
-            SpectrumMonitor(max_overhead=0.2)
-        ],  # of a minute and a half; leave the default 0.05 in a real training
-    )
-    trainer.fit(DigitsNet(), DataLoader(ShiftedDigits(), batch_size=64, shuffle=True))
+    # 0.2 of a minute and a half: leave the default 0.05 in a real training
+    trainer = train(args.output, args.epochs, SpectrumMonitor(max_overhead=0.2, custom_scalars=True))
 
     print()
     lightning_rmt(["plot", trainer.log_dir, "--output", str(args.output)])

@@ -124,8 +124,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         on_error: ``"warn"``: a probe that fails is a warning, and the monitor turns itself off after three in a row;
             ``"raise"``: it raises, with the module restored.
         figures_every: draw figures for every n-th full reading (and the first and the last); 0 for none.
-        custom_scalars: also write a layout for TensorBoard's custom scalars tab, with lambda_max and 2/lr in one chart.
-            It replaces a layout of your own.
+        custom_scalars: also write a layout for TensorBoard's custom scalars tab: what is to be compared in one chart, first
+            what tells on learning rate, batch and damping. It replaces a layout of your own.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -55,25 +55,41 @@ def add_density(experiment: Any, tag: str, spectrum: Spectrum, grid: Sequence[fl
 
 
 def layout(name: str, preconditioned: bool = False) -> dict[str, dict[str, list[Any]]]:
-    """Charts for TensorBoard's custom scalars tab: what is to be compared in one picture.
+    """Charts for TensorBoard's custom scalars tab: what is to be compared in one picture, by what it answers.
 
-    The edges get a line chart, since they have holes where there is no outlier count, and TensorBoard refuses a margin
-    chart whose three tags aren't there at the same steps. The trace always has its error, hence its margins.
+    Titles say what to hold against what. The edges get a line chart, since they have holes where there is no outlier count,
+    and TensorBoard refuses a margin chart whose three tags aren't there at the same steps. The trace always has its error,
+    hence its margins.
     """
 
     def lines(*tags: str) -> list[Any]:
         return ["Multiline", [f"{re.escape(name)}/{tag}$" for tag in tags]]  # matched from the start of the tag only
 
+    rate = {
+        "lambda_max times lr, limit of SGD: 2": lines("sharpness_times_lr"),
+        "lambda_max against 2/lr": lines("lambda_max", "two_over_lr"),
+    }
+    if preconditioned:
+        rate = {
+            "lambda_max over its limit: 1 is the edge": lines("preconditioned/sharpness_over_limit"),
+            "lambda_max against its limit": lines("lambda_max", "preconditioned/limit"),
+        }
     return {
-        name: {
-            f"lambda_max and {'its limit' if preconditioned else '2/lr'}": lines(
-                "lambda_max", "preconditioned/limit" if preconditioned else "two_over_lr"
-            ),
+        f"{name}: learning rate, batch, damping": {
+            **rate,
+            "bulk against noise_edge": lines("noise_edge", "q99", "bulk_edge_high"),
+            "damping: in use, left, suggested": lines("damping", "effective_damping", "local_law_damping"),
+        },
+        f"{name}: spectrum": {
             "largest eigenvalues": lines(*(f"top/{i}" for i in range(1, TOP + 1))),
             "smallest eigenvalues": lines(*(f"bottom/{i}" for i in range(1, TOP + 1))),
             "bulk": lines("bulk_edge_low", "q01", "q99", "bulk_edge_high"),
-            "outliers": lines("outliers/count_high", "outliers/count_low"),
-            "gap in local spacings": lines("outliers/gap_spacings_high", "outliers/gap_spacings_low"),
             "trace, one standard error": ["Margin", [f"{name}/trace", f"{name}/trace_low", f"{name}/trace_high"]],
-        }
+            "outliers (empty: see Text)": lines("outliers/count_high", "outliers/count_low"),
+            "gap in local spacings": lines("outliers/gap_spacings_high", "outliers/gap_spacings_low"),
+        },
+        f"{name}: cost": {
+            "share of the training time": lines("overhead"),
+            "seconds per probe": lines("probe_seconds"),
+        },
     }

@@ -229,7 +229,7 @@ def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:
         axes.set_ylim(low / 1.5, high * 2.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: typeset(number(value, 1))))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        _draw_limit(axes, entries, low, 10.0 * high)
+        _draw_limit(axes, entries, low, 2.0 * high)
     else:
         _draw_limit(axes, entries, low, 2.0 * high)
         if low > 0.0:

@@ -107,8 +107,8 @@ class TestTensorBoard:
     def test_layout_is_written_once_and_its_margins_have_their_series(self, board):
         (written,) = board.Tensors("custom_scalars__config__")
         layout = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0])
-        charts = {chart.title: chart for chart in layout.category[0].chart}
-        assert list(charts["lambda_max and 2/lr"].multiline.tag) == ["rmt/lambda_max$", "rmt/two_over_lr$"]
+        charts = {chart.title: chart for category in layout.category for chart in category.chart}
+        assert list(charts["lambda_max against 2/lr"].multiline.tag) == ["rmt/lambda_max$", "rmt/two_over_lr$"]
         (margin,) = charts["trace, one standard error"].margin.series
         # TensorBoard refuses margins whose tags aren't at the same steps.
         steps = [[event.step for event in board.Scalars(tag)] for tag in (margin.value, margin.lower, margin.upper)]

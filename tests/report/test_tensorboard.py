@@ -58,8 +58,11 @@ def test_moments_written_beside_the_counts_are_those_of_the_histogram(trained):
 def test_layout_matches_whole_tags_only():
     import re
 
-    charts = layout("net.a")["net.a"]
-    kind, (largest, limit) = charts["lambda_max and 2/lr"]
+    groups = layout("net.a")
+    assert list(groups) == ["net.a: learning rate, batch, damping", "net.a: spectrum", "net.a: cost"]
+    charts = {title: chart for group in groups.values() for title, chart in group.items()}
+    assert next(iter(charts)).startswith("lambda_max times lr")
+    kind, (largest, limit) = charts["lambda_max against 2/lr"]
     assert kind == "Multiline"
     assert re.match(largest, "net.a/lambda_max")
     assert not re.match(largest, "net.a/lambda_max_residual")

@@ -1,0 +1,265 @@
+"""Two whole trainings to look at: a character GPT and a CNN, thousands of steps each on one core.
+
+    python examples/long_run.py [--quick] [--only gpt] [--output docs/long_run]
+
+Each is trained three times, and the weights at the end are compared bit by bit: without a monitor, with the default one
+(5 % of the time), and with one that looks often, for the pictures. Then the CNN once more at other learning rates, and in
+a longer training with the default monitor. Tables and figures go to ``--output``, TensorBoard's logs to ``--logs``. The
+text is Python's own reference manual (the stdlib's ``pydoc_data.topics``), the images are scikit-learn's digits: nothing is
+downloaded. Some fifteen minutes in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from long_run_networks import GPT, ShiftedDigits, Snippets, Training, cnn
+from pytorch_lightning.loggers import TensorBoardLogger
+from tabulate import tabulate
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_rmt import Reading, SpectrumMonitor
+from lightning_rmt.report.figures import heat_map_figure, outliers_over_time_figure
+from lightning_rmt.report.files import load_run
+from lightning_rmt.report.history import HistoryEntry
+from lightning_rmt.report.wording import number, with_error
+
+MOMENTUM = 0.9
+
+
+class Plan(NamedTuple):
+    """One of the two trainings.
+
+    Attributes:
+        title: for the tables.
+        data: makes ``steps`` batches.
+        steps: of the whole training.
+        every: steps between full probes of the monitor that looks often; light ones are five times as many.
+        limit: on lambda_max, in units of 1/lr: 2 (1 + momentum) for SGD; None where lambda_max alone knows none.
+        rate: largest learning rate.
+        others: rates to try without a monitor, in a quarter of the steps.
+        longer: steps of one more training with the default monitor, to see when it looks; 0 for none.
+    """
+
+    title: str
+    data: type[IterableDataset]
+    steps: int
+    every: int
+    limit: float | None
+    rate: float
+    others: tuple[float, ...] = ()
+    longer: int = 0
+
+
+PLANS = {
+    "gpt": Plan("character GPT, AdamW", Snippets, 4000, 400, None, 3e-3),
+    "cnn": Plan(
+        "CNN, SGD with momentum",
+        ShiftedDigits,
+        20001,
+        2000,
+        2.0 * (1.0 + MOMENTUM),
+        0.05,
+        (0.0125, 0.05, 0.2, 0.8, 3.2),
+        60000,
+    ),
+}
+QUICK = {"lanczos_steps": 10, "levels": None, "figures_every": 0}
+
+
+def prepare(name: str, steps: int, rate: float) -> Training:
+    torch.manual_seed(0)
+    if name == "gpt":
+        net: nn.Module = GPT()
+        return Training(net, torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01), steps)
+    net = cnn()
+    return Training(net, torch.optim.SGD(net.parameters(), lr=rate, momentum=MOMENTUM), steps)
+
+
+class Run(NamedTuple):
+    """What one training left.
+
+    Attributes:
+        module: after it.
+        wall: seconds that ``fit`` took.
+        cpu: seconds of this process's CPU time that ``fit`` took.
+        readings: full and light ones, in order.
+    """
+
+    module: Training
+    wall: float
+    cpu: float
+    readings: list[Reading]
+
+    @property
+    def full(self) -> list[Reading]:
+        return [reading for reading in self.readings if not reading.light]
+
+    def loss(self, step: int) -> float:
+        """Mean over the (up to) 100 steps before this one, and it."""
+        return float(torch.stack(self.module.losses[max(0, step - 99) : step + 1]).mean())
+
+
+def train(name: str, steps: int, logs: Path, monitor: SpectrumMonitor | None, rate: float | None = None) -> Run:
+    """With a real Trainer, and the plan's learning rate if no other one is given."""
+    module = prepare(name, steps, rate or PLANS[name].rate)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=TensorBoardLogger(logs, name=name),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[] if monitor is None else [monitor],
+    )
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.fit(module, DataLoader(PLANS[name].data(steps), batch_size=None))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Run(module, wall, cpu, [] if monitor is None else load_run(trainer.log_dir)["rmt"])
+
+
+def same_weights(a: Run, b: Run) -> bool:
+    """To the bit."""
+    pairs = zip(a.module.state_dict().values(), b.module.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def spectrum_table(run: Run, limit: float | None) -> str:
+    """Up to six full readings from the first to the last."""
+    chosen = sorted({round(i * (len(run.full) - 1) / 5) for i in range(6)})
+    rows = [_row(run, run.full[i], limit) for i in chosen]
+    first, *names = rows[0]
+    return tabulate(
+        [[key, *(row[key] for row in rows)] for key in names], [first, *(row[first] for row in rows)], "pipe"
+    )
+
+
+def _row(run: Run, reading: Reading, limit: float | None) -> dict[str, str]:
+    spectrum, noise, rate = reading.spectrum, reading.noise, reading.learning_rate or math.nan
+    count, tenth = spectrum.outliers.high.count, spectrum.top[9:10]
+    low, high = spectrum.quantile_bounds(0.99)
+    try:
+        damping = number(reading.local_law_damping())
+    except ValueError:
+        damping = "refused"
+    return {
+        "step": str(reading.step),
+        "loss, mean of 100 steps": number(run.loss(reading.step), 3),
+        "λ_max": with_error(spectrum.lambda_max.value, spectrum.lambda_max.residual),
+        "learning rate": number(rate),
+        "limit, 3.8 over it" if limit else "2 over it, no limit for AdamW": number((limit or 2.0) / rate),
+        "outliers above the bulk": "no gap" if count is None else str(count),
+        "10th largest": number(tenth[0].value) if tenth else "not certified",
+        "99 % are below": f"{number(low)} to {number(high)}",
+        "λ_min": with_error(spectrum.lambda_min.value, spectrum.lambda_min.residual),
+        "share at zero": f"{number(100 * spectrum.zero_mass)} %",
+        "share below zero": f"{number(100 * spectrum.negative_mass)} %",
+        "trace": with_error(spectrum.trace.mean, spectrum.trace.stderr),
+        "noise edge": "not measured" if noise is None else number(noise.edge),
+        "anisotropy of the noise": "not measured"
+        if noise is None or noise.anisotropy is None
+        else number(noise.anisotropy),
+        "damping by the local law": damping,
+    }
+
+
+def cost_table(title: str, plain: Run, runs: dict[str, Run]) -> str:
+    rows: list[list[object]] = [
+        ["CPU time of the training, s", f"{plain.cpu:.1f}", *(f"{run.cpu:.1f}" for run in runs.values())],
+        ["overhead, CPU time", "", *(f"{100 * (run.cpu / plain.cpu - 1):.1f} %" for run in runs.values())],
+        ["full probes", "", *(len(run.full) for run in runs.values())],
+        ["light probes", "", *(len(run.readings) - len(run.full) for run in runs.values())],
+        ["products of all probes", "", *(sum(r.spectrum.products for r in run.readings) for run in runs.values())],
+        [
+            "same weights at the end",
+            "",
+            *("yes, all bits" if same_weights(plain, run) else "NO" for run in runs.values()),
+        ],
+    ]
+    return tabulate(rows, [title, "no monitor", *runs], "pipe")
+
+
+def rates_table(name: str, steps: int, logs: Path) -> str:
+    """The loss at the end of shorter trainings with other learning rates."""
+    rows = []
+    for rate in PLANS[name].others:
+        losses = torch.stack(train(name, steps, logs, None, rate).module.losses)
+        rows.append(
+            [f"{rate:g}", *(number(float(part.mean())) for part in (losses[: steps // 10], losses[-steps // 10 :]))]
+        )
+    return tabulate(
+        rows, ["learning rate", "loss in the first tenth", "loss in the last tenth"], "pipe", disable_numparse=True
+    )
+
+
+def schedule_table(run: Run) -> str:
+    """When a monitor looked, what at, and what it had cost by then."""
+    rows = []
+    for reading in run.readings:
+        level = reading.spectrum.lambda_max
+        largest = with_error(level.value, level.residual) if level.certified else "not certified"
+        cost = f"{100 * (reading.overhead or math.nan):.1f} %"
+        rows.append([str(reading.step), reading.speed, str(reading.spectrum.products), largest, cost])
+    heads = ["step", "probe", "products", "λ_max", "probes so far over training so far"]
+    return tabulate(rows, heads, "pipe", disable_numparse=True)
+
+
+def write(name: str, plain: Run, runs: dict[str, Run], output: Path) -> None:
+    """Tables as Markdown, figures as PNG; the spectrum is that of the last run."""
+    *_, often = runs.values()
+    output.mkdir(parents=True, exist_ok=True)
+    spectra, costs = spectrum_table(often, PLANS[name].limit), cost_table(PLANS[name].title, plain, runs)
+    print(spectra, costs, sep="\n\n", end="\n\n")
+    (output / f"{name}_spectrum.md").write_text(spectra + "\n", encoding="utf-8")
+    (output / f"{name}_cost.md").write_text(costs + "\n", encoding="utf-8")
+    history = [HistoryEntry.from_reading(reading) for reading in often.readings]
+    heat_map_figure(history).savefig(output / f"{name}_spectrum_over_time.png", dpi=130)
+    outliers_over_time_figure(history).savefig(output / f"{name}_eigenvalues_over_time.png", dpi=130)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, dict[str, Run]]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: too short to mean anything")
+    parser.add_argument("--only", choices=PLANS)
+    parser.add_argument("--output", type=Path, default=Path("docs/long_run"))
+    parser.add_argument("--logs", type=Path, default=Path("long_run_logs"))
+    options = parser.parse_args(arguments)
+    for words in (".*does not have many workers.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", words)
+    torch.set_num_threads(1)
+    found = {}
+    for name in [options.only] if options.only else PLANS:
+        steps, every = (21, 10) if options.quick else (PLANS[name].steps, PLANS[name].every)
+        settings = {"custom_scalars": True, **(QUICK if options.quick else {})}
+        often = {"every_n_steps": every, "light_every_n_steps": every // 5}
+        monitors = {
+            "default": SpectrumMonitor(**settings),
+            f"every {every} and {every // 5} steps": SpectrumMonitor(**often, **settings),
+        }
+        plain = train(name, steps, options.logs, None)
+        runs = {title: train(name, steps, options.logs, monitor) for title, monitor in monitors.items()}
+        write(name, plain, runs, options.output)
+        if PLANS[name].others:
+            rates = rates_table(name, max(steps // 4, 10), options.logs)
+            print(rates, end="\n\n")
+            (options.output / f"{name}_rates.md").write_text(rates + "\n", encoding="utf-8")
+        if PLANS[name].longer:
+            longer = 30 if options.quick else PLANS[name].longer
+            schedule = schedule_table(train(name, longer, options.logs, SpectrumMonitor(**settings)))
+            print(schedule, end="\n\n")
+            (options.output / f"{name}_schedule.md").write_text(schedule + "\n", encoding="utf-8")
+        found[name] = plain, runs
+    return found
+
+
+if __name__ == "__main__":
+    main()
