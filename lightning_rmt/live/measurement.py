@@ -30,7 +30,7 @@ from lightning_rmt.live.on_shards import gathers, operator_on_shards, without_ex
 from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.preconditioning import due_preconditioner, feed, state_of
 from lightning_rmt.live.progress import probe_progress
-from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
+from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.seeds import mixed_seed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import try_room_for_whole, unsharded
