@@ -1,4 +1,4 @@
-"""What is shipped: built as a user's installer builds it, looked into, installed beside nothing of the checkout, and used."""
+"""What is shipped: built as an installer builds it, looked into, installed away from the checkout, and used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if not name.startswith(f"{NAME}.dist-info/")}
     package = ROOT / "lightning_rmt"
-    files = {path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.suffix in {".py", ".npz", ".typed"}}
+    files = {
+        path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.suffix in {".py", ".npz", ".typed"}
+    }
     assert wheel.name == f"{NAME}-py3-none-any.whl"
     assert shipped == files
     assert {"lightning_rmt/py.typed", "lightning_rmt/levels/goe_null.npz"} <= shipped
@@ -65,7 +67,11 @@ def test_the_metadata_is_valid_and_true(wheel):
     assert metadata.license_expression == "Apache-2.0"
     assert metadata.description == (ROOT / "README.md").read_text()
     assert metadata.description_content_type == "text/markdown"
-    pythons = [line.rsplit(" ", 1)[1] for line in metadata.classifiers if line.startswith("Programming Language :: Python :: 3.")]
+    pythons = [
+        line.rsplit(" ", 1)[1]
+        for line in metadata.classifiers
+        if line.startswith("Programming Language :: Python :: 3.")
+    ]
     assert pythons
     assert f"{metadata.requires_python}" == f">={pythons[0]}"
     plain = {requirement.name for requirement in metadata.requires_dist if requirement.marker is None}
@@ -94,5 +100,5 @@ def test_the_citation_is_of_this_version():
 def test_the_changelog_begins_with_what_is_not_released_or_this_version():
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     assert headings[0] == "## [Unreleased]"
-    released = [heading for heading in headings[1:]]
+    released = headings[1:]
     assert not released or released[0].startswith(f"## [{lightning_rmt.__version__}] - ")

@@ -112,7 +112,9 @@ def measured() -> Spectrum:
 
 
 def callbacks() -> None:
-    monitor = SpectrumMonitor(every_n_steps=10, loss_fn=live_loss, levels=None, curvature="hessian", parameters=["net.*"])
+    monitor = SpectrumMonitor(
+        every_n_steps=10, loss_fn=live_loss, levels=None, curvature="hessian", parameters=["net.*"]
+    )
     controller = DampingController("lr", bounds=(1e-6, 1.0), mode="log")
     assert_type(monitor.reading, Reading | None)
     optimizer = SpectralPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1))
