@@ -27,11 +27,6 @@ def test_the_operators_need_no_lightning():
     assert not {"pytorch_lightning", "lightning", "lightning_fabric", "matplotlib"} & loaded
 
 
-def test_the_monitor_does_not_load_plotting():
-    loaded = modules_after("from lightning_rmt import SpectrumMonitor")
-    assert "lightning_rmt.report.figures" not in loaded
-
-
 def test_all_names_resolve():
     import lightning_rmt
 
@@ -40,3 +35,20 @@ def test_all_names_resolve():
     assert set(lightning_rmt.__all__) <= set(dir(lightning_rmt))
     with pytest.raises(AttributeError, match="no attribute 'Hesian'"):
         _ = lightning_rmt.Hesian
+
+
+def test_no_name_brings_more_than_torch_and_lightning_do():
+    """Whatever of matplotlib and SciPy torchmetrics loads by itself: nothing comes on top of it, and nothing draws."""
+    base = "import torch, pytorch_lightning\ntry:\n    import lightning.pytorch\nexcept ImportError:\n    pass"
+    ours = (
+        "import sys\nbefore = set(sys.modules)\nimport lightning_rmt, lightning_rmt.laws, lightning_rmt.local_law\n"
+        "[getattr(lightning_rmt, name) for name in lightning_rmt.__all__]\n"
+        "print({name.split('.')[0] for name in set(sys.modules) - before}, 'lightning_rmt.report.figures' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{base}\n{ours}"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'lightning_rmt'} False"
+
+
+def test_laws_and_levels_load_scipy_when_they_need_it():
+    loaded = modules_after("import lightning_rmt.laws, lightning_rmt.local_law, lightning_rmt.levels")
+    assert not {"scipy", "matplotlib", "torch", "sklearn", "tabulate", "transformers"} & loaded

@@ -88,7 +88,8 @@ def _refuse_bad_patterns(parameters: list[str] | None) -> None:
 
 def refuse_bad_name(name: str) -> None:
     """Refuses what can't be a tag prefix and a folder."""
-    if not name.strip("/.") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+    parts = name.split("/")
+    if "\0" in name or any(part in ("", ".", "..") for part in parts):  # "a/" would be the folder of "a"
         raise ValueError(f"name becomes a tag prefix and a folder, and can't be {name!r}")
 
 

@@ -51,6 +51,10 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     Products and losses are those of the controller, ``every`` steps: 2 products, and in control 2 losses; batches of these
     steps are copied. The very first step has no step before it: there the search goes by the curvature of its own batches.
 
+    A resumed run goes on bit for bit, if the module, its optimizer and its data do: but where the checkpoint was written
+    right before a step that is measured (after a multiple of ``every`` steps), that measurement is left out, since batches
+    aren't in checkpoints.
+
     Args:
         controller: with settings of its own, see there; None: ``DampingController(target=target, mode=mode)``.
         mode: ``"log"``, ``"suggest"`` (which warns as well) or ``"control"``.

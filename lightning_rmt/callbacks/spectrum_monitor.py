@@ -16,7 +16,7 @@ from lightning_rmt.callbacks.arguments import (
     refuse_bad_metric,
     refuse_bad_values,
 )
-from lightning_rmt.krylov.collectives import LostRankError
+from lightning_rmt.krylov.collectives import LostRankError, OtherRankFailedError
 from lightning_rmt.live.batch_law import Turns, refuse_no_batch_law
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
@@ -26,7 +26,7 @@ from lightning_rmt.live.memory import Memory
 from lightning_rmt.live.namespaces import MisconfigurationException, callback_bases
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
 from lightning_rmt.live.optimizer_metric import NotSteppedError, refuse_no_metric
-from lightning_rmt.live.ranks import OtherRankFailedError, Ranks, refuse_differences
+from lightning_rmt.live.ranks import Ranks, refuse_differences
 from lightning_rmt.live.schedule import Decision, Schedule, Speed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.strategies import refuse_untested_sharding, refuse_untested_strategy, under_join

@@ -16,6 +16,7 @@ from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.scaled import Scaled
 from lightning_rmt.curvature.sharded_differences import ShardedDifferenceHessian
+from lightning_rmt.krylov.collectives import OtherRankFailedError
 from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
@@ -32,7 +33,7 @@ from lightning_rmt.live.operators import build_operator, hook_notes
 from lightning_rmt.live.optimizer_metric import live_metric, metric_notes
 from lightning_rmt.live.preconditioning import due_preconditioner, feed, state_of
 from lightning_rmt.live.progress import probe_progress
-from lightning_rmt.live.ranks import OtherRankFailedError, Ranks
+from lightning_rmt.live.ranks import Ranks
 from lightning_rmt.live.seeds import mixed_seed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.sharding import try_room_for_whole, unsharded

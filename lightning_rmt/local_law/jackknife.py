@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_rmt.spectra.spectrum import Estimate
+from lightning_rmt.spectra.moments import Estimate
 
 
 def jackknife(values: NDArray[np.float64]) -> Estimate:

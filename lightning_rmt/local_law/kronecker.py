@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from lightning_rmt.local_law.jackknife import jackknife
 from lightning_rmt.local_law.weighted import MovingAverageWeights, clean_weighted
-from lightning_rmt.spectra.spectrum import Estimate
+from lightning_rmt.spectra.moments import Estimate
 
 GAIN = 1.4
 """Rotation gain from which a layer is said to gain. Rotating only such layers lost nothing where that was tried."""

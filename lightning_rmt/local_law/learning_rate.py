@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_rmt.local_law.arguments import positive
-from lightning_rmt.spectra.spectrum import Level
+from lightning_rmt.spectra.levels import Level
 
 EARLY = 10
 """The rule was measured before the first steps; later on the sharpness has adapted to the learning rate in use."""

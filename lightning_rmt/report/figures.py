@@ -21,7 +21,8 @@ from lightning_rmt.report.wording import (
     typeset,
     with_error,
 )
-from lightning_rmt.spectra.spectrum import Atom, Spectrum
+from lightning_rmt.spectra.density import Atom
+from lightning_rmt.spectra.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

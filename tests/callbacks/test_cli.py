@@ -1,4 +1,4 @@
-"""LightningCLI of both namespaces parses every argument of the monitor, from a YAML file and from the command line."""
+"""LightningCLI of both namespaces parses every argument of every callback, from a YAML file and from the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rmt import KroneckerDiagnostics, SpectrumMonitor
+from lightning_rmt import DampingController, KroneckerDiagnostics, LocalLawDamping, SpectrumMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
@@ -163,4 +163,54 @@ def test_kronecker_diagnostics(namespace, cli, tmp_path, monkeypatch):
         run(
             namespace, cli, tmp_path, monkeypatch,
             ["--trainer.callbacks=lightning_rmt.KroneckerDiagnostics", "--trainer.callbacks.beta=slow"],
+        )  # fmt: skip
+
+
+CONTROLLER = {
+    "target": "lr", "method": "two-part", "every": 2, "init": 0.05, "bounds": [1e-3, 0.2], "rel_bounds": [1e-4, 10.0],
+    "max_change": 1.5, "ema": 0.1, "deadband": [0.9, 1.1], "guard": 1.2, "guard_factor": 2.0, "guard_steps": "every",
+    "mode": "control", "search": False,
+}  # fmt: skip
+DAMPING = {
+    "controller": {"class_path": "lightning_rmt.DampingController", "init_args": CONTROLLER},
+    "optimizer": 0, "loss_fn": "tests_of_cli.loss_fn", "seed": 4, "name": "watch", "on_error": "raise",
+}  # fmt: skip
+
+
+def from_yaml(namespace, cli, tmp_path, monkeypatch, **init_args):
+    config = {"trainer": {"callbacks": [{"class_path": "lightning_rmt.LocalLawDamping", "init_args": init_args}]}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    trainer = run(namespace, cli, tmp_path, monkeypatch, ["--config", str(path)]).trainer
+    return trainer, next(callback for callback in trainer.callbacks if isinstance(callback, LocalLawDamping))
+
+
+@BOTH
+def test_local_law_damping(namespace, cli, tmp_path, monkeypatch):
+    """With a controller of its own, and every argument of that."""
+    assert {*DAMPING, "mode", "target"} == set(inspect.signature(LocalLawDamping).parameters)
+    assert set(CONTROLLER) == set(inspect.signature(DampingController).parameters)
+    trainer, watch = from_yaml(namespace, cli, tmp_path, monkeypatch, **DAMPING)
+    plain = {name: value for name, value in DAMPING.items() if name not in ("controller", "loss_fn")}
+    assert {name: getattr(watch, name) for name in plain} == plain
+    assert watch.loss_fn is loss_fn
+    assert watch.controller.target == "lr"
+    settings = vars(watch.controller.settings)
+    assert settings == {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in CONTROLLER.items()
+        if name != "target"
+    }
+    (rate,) = (group["lr"] for group in trainer.optimizers[0].param_groups)
+    assert rate == watch.controller.damping != 0.1
+
+
+@BOTH
+def test_local_law_damping_in_short(namespace, cli, tmp_path, monkeypatch):
+    _, watch = from_yaml(namespace, cli, tmp_path, monkeypatch, mode="control", target="lr")
+    assert (watch.controller.mode, watch.controller.target) == ("control", "lr")
+    with pytest.raises(SystemExit):
+        run(
+            namespace, cli, tmp_path, monkeypatch,
+            ["--trainer.callbacks=lightning_rmt.LocalLawDamping", "--trainer.callbacks.mode=always"],
         )  # fmt: skip

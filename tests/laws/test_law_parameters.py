@@ -29,7 +29,7 @@ LAWS = [
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: type(law).__name__)
 def test_every_parameter_is_read_and_set_by_its_name(law):
     values = parameters_of(law)
-    assert len(values) >= 2
+    assert values
     for name, value in values.items():
         assert isinstance(value, float)
         assert with_parameter(law, name, value) == law
