@@ -305,6 +305,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def _turn_off(self, trainer: Any, reason: str) -> None:
         self._off = True
         self._batches.forget()
+        self.controller.detach()  # it may hold weights and state of earlier steps
         if trainer.is_global_zero:
             warnings.warn(f"LocalLawDamping {self.name!r} is off: {reason}", stacklevel=4)
 

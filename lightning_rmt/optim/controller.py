@@ -79,7 +79,9 @@ class DampingController:
             first of them, and those after a rejection, are seen in both: see ``docs/damping.md``.
         rewind: while every step is guarded, a mean loss of `optim.rise.WINDOW` successive batches that is so many times the
             lowest one takes the training back to there: a step that is too long lowers its own batch's loss, which is all
-            that the guard sees, and raises that of others. None: never. Keeps one more copy of weights and state.
+            that the guard sees, and raises that of others. The last of these batches must have a loss as much lower at the
+            weights of then, one forward pass: batches that have only become harder are no reason. None: never. Keeps one
+            more copy of weights and state while it watches. Averages of weights that others keep (EMA) aren't taken back.
         mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
         search: whether the first step is taken again with other dampings. False where a damping acts on later steps only, as
             in optimizers that move an inverse a little in each step (singd): one step then says nothing about it.
@@ -286,6 +288,8 @@ class DampingController:
         knob = self._knob
         optimizer = knob.optimizer
         knob.look_for_others()
+        if not knob.watches:
+            knob.forget_losses()  # and the weights that go with them
         self._taken = None
         if self.looks:
             assert self._outside is not None

@@ -15,7 +15,7 @@ from lightning_rmt.optim.knob import Knob
 from lightning_rmt.optim.look import Look, Ratio, same_direction
 from lightning_rmt.optim.report import DampingReport
 from lightning_rmt.optim.snapshot import halve_momentum
-from lightning_rmt.optim.taken_step import LossFunction
+from lightning_rmt.optim.taken_step import LossFunction, TakenStep
 
 
 class Questions(NamedTuple):
@@ -205,7 +205,7 @@ def _guard(knob: Knob, look: Look, asked: Questions) -> int:
     if settings.guard is None or asked.loss is None:
         return 0
     before, after = look.losses(asked.loss, asked.before)
-    lowest = knob.rise.see(state.steps, before, look.taken) if knob.rise is not None and knob.watches else None
+    lowest = _rise(knob, look, asked.loss, before)
     # of a positive loss, guard times what it was; a negative one may rise by as much
     if lowest is None and math.isfinite(before) and after <= before + (settings.guard - 1) * abs(before):
         return 0
@@ -219,6 +219,17 @@ def _guard(knob: Knob, look: Look, asked: Questions) -> int:
     halve_momentum(knob.optimizer)
     state.rejections += 1
     return state.steps - first + 1
+
+
+def _rise(knob: Knob, look: Look, loss: LossFunction, before: float) -> tuple[int, TakenStep] | None:
+    """Where to go back to, if the losses rise because of the weights; None: no rise, or the batches have become harder."""
+    if knob.rise is None or not knob.watches:
+        return None
+    lowest = knob.rise.see(knob.state.steps, before, look.taken)
+    if lowest is None or not math.isfinite(before):
+        return lowest
+    there = look.loss_at(lowest[1], loss)
+    return lowest if knob.rise.is_above(before, there) else None
 
 
 def _suggest(knob: Knob, proposal: float, ratio: Ratio | None) -> None:

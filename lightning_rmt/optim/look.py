@@ -121,6 +121,19 @@ class Look:
             self._losses = start, end
         return self._losses
 
+    def loss_at(self, start: TakenStep, loss: LossFunction) -> float:
+        """The step's own batch's loss at the weights that an earlier step started from.
+
+        Raises:
+            NoCalibrationError: it can't be had on some rank.
+        """
+
+        def measure() -> list[float]:
+            with start.at_start():
+                return [self.taken.value(loss)]
+
+        return self._means(measure, 1)[0]
+
     def forget_losses(self) -> None:
         """For a step that was taken again."""
         self._losses = None
