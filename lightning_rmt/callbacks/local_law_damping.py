@@ -49,7 +49,8 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     on.
 
     Products and losses are those of the controller, ``every`` steps: 2 products, and in control 2 losses; batches of these
-    steps are copied. The very first step has no step before it: there the search goes by the curvature of its own batches.
+    steps are copied. The very first step has no step before it: there the search goes by the curvature of its own batches,
+    from the largest damping down, since no spectrum is measured before that step either, and both ratios are of them.
 
     Args:
         controller: with settings of its own, see there; None: ``DampingController(target=target, mode=mode)``.
@@ -251,7 +252,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def _judge(self, module: Any, optimizer: Any) -> None:
         self._clipped = self._was_clipped()
         own = self._batches.own(module, self.loss_fn)
-        held_out = self._batches.held_out(module, self.loss_fn)
+        held_out = self._batches.held_out(module, self.loss_fn) or (own if self.controller.searches else None)
         # an optimizer that unscales its gradients itself would do so a second time
         again = None if getattr(optimizer, "_step_supports_amp_scaling", False) else optimizer.step
         self._pending = self.controller.after_step(own, held_out, retake=again, clipped=self._clipped)

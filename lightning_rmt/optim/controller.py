@@ -252,7 +252,8 @@ class DampingController:
 
         Args:
             loss: returns this batch's mean loss as a scalar tensor, without ``backward()``; None: no guard, no trust part.
-            held_out: the same of a batch that is independent of this one; None: no held-out measurement.
+            held_out: the same of a batch that is independent of this one; None: no held-out measurement. The same function
+                as ``loss``: there is none, and the curvature of this batch has to do.
             before: this batch's loss before the step, where it is at hand: saves a forward pass.
             take: takes the step; None: ``optimizer.step``. For a preconditioner that rewrites the gradients, for example
                 ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients, which
@@ -358,6 +359,11 @@ class DampingController:
     def looks(self) -> bool:
         """Whether the step that comes is measured or guarded: the same on all ranks."""
         return self.guards or (self.due and self._knob.method != "local-law")
+
+    @property
+    def searches(self) -> bool:
+        """Whether the first calibration isn't over: whether ``loss`` as ``held_out`` too is better than nothing."""
+        return self._knob.searching
 
     @property
     def busy(self) -> bool:

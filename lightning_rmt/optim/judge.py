@@ -18,6 +18,10 @@ from lightning_rmt.optim.snapshot import halve_momentum
 from lightning_rmt.optim.taken_step import LossFunction, TakenStep
 
 
+#: Steps undone with the largest damping before that is said: one may be a bad batch.
+UNDONE_AT_THE_TOP = 3
+
+
 class Questions(NamedTuple):
     """What a caller gave for one step; see `DampingController.after_step`."""
 
@@ -53,6 +57,7 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     if undone:
         state.guarded_until = max(state.guarded_until, state.steps + 1 + settings.every)
         proposal = max(proposal, knob.damping * settings.guard_factor)
+        _warn_at_the_top(knob)
     proposal = knob.within(proposal)
     if knob.controls and (undone or proposal != state.damping):
         knob.set(proposal)  # what was undone had the damping from before the step
@@ -117,10 +122,10 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     Raises:
         NoCalibrationError: the step can't be judged, or doesn't depend on the damping; it was taken with the old damping.
     """
-    knob.state.started = True
     if asked.retake is None:
         knob.state.first_products -= 1
         ratio, last = _ratio(knob, look, asked), knob.state.damping
+        knob.state.started = True
         factor = change(ratio.value, WIDE, knob.settings.deadband)
         if factor == 1 and ratio.value > 0:
             knob.state.first_products = 0
@@ -136,7 +141,7 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
 
 def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callable[[], Any]) -> tuple[Ratio, float]:
     state, settings = knob.state, knob.settings
-    from_above = settings.init == "local-law" and state.local_law is None
+    from_above = settings.init == "local-law" and not state.started
     search = RootSearch(settings.deadband, from_above=from_above)
     tried: list[tuple[float, Ratio]] = []
     if from_above:
@@ -170,7 +175,7 @@ def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callab
             f"the step is the same with a damping of {first:.3g} and {others[-1][0]:.3g}: the optimizer doesn't use this "
             "number, or only every so many steps"
         )
-    state.settled = True
+    state.settled = state.started = True
     return tried[-1][1], state.damping
 
 
@@ -230,6 +235,23 @@ def _rise(knob: Knob, look: Look, loss: LossFunction, before: float) -> tuple[in
         return lowest
     there = look.loss_at(lowest[1], loss)
     return lowest if knob.rise.is_above(before, there) else None
+
+
+def _warn_at_the_top(knob: Knob) -> None:
+    """Undoing steps with the largest damping that there is may go on for ever: a training that stands still."""
+    state = knob.state
+    if state.damping < knob.within(math.inf):
+        return
+    knob.topped += 1
+    if knob.topped != UNDONE_AT_THE_TOP:
+        return
+    warnings.warn(
+        f"step {state.steps}: for the {knob.topped}rd time undone although the damping is {state.damping:.3g}, the largest "
+        "that its bounds allow. While steps are undone the training stands still: lower the learning rate or raise bounds=; or "
+        "the optimizer doesn't use this number. This is said once",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _suggest(knob: Knob, proposal: float, ratio: Ratio | None) -> None:

@@ -22,6 +22,7 @@ class Knob:
     Attributes:
         state: what is remembered and saved.
         settings: the controller's.
+        topped: how many steps were undone with the largest damping.
         rise: watches the losses while every step is guarded, None where nobody wants it. Not saved: it holds weights.
     """
 
@@ -32,6 +33,7 @@ class Knob:
         self._optimizer: Optimizer | None = None
         self._target: Target | None = None
         self._written: tuple[float, ...] | None = None
+        self.topped = 0
         self._loaded = False
         self._left = False
 
