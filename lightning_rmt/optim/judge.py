@@ -17,7 +17,6 @@ from lightning_rmt.optim.report import DampingReport
 from lightning_rmt.optim.snapshot import halve_momentum
 from lightning_rmt.optim.taken_step import LossFunction, TakenStep
 
-
 #: Steps undone with the largest damping before that is said: one may be a bad batch.
 UNDONE_AT_THE_TOP = 3
 
