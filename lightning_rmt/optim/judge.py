@@ -246,8 +246,8 @@ def _warn_at_the_top(knob: Knob) -> None:
         return
     warnings.warn(
         f"step {state.steps}: for the {knob.topped}rd time undone although the damping is {state.damping:.3g}, the largest "
-        "that its bounds allow. While steps are undone the training stands still: lower the learning rate or raise bounds=; or "
-        "the optimizer doesn't use this number. This is said once",
+        "that its bounds allow. While steps are undone the training stands still: lower the learning rate or raise bounds=; "
+        "or the optimizer doesn't use this number. This is said once",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -76,8 +76,8 @@ class Look:
         def measure() -> list[float]:
             if held_out is None:
                 raise NoCalibrationError(
-                    "no independent batch is at hand: none was passed as held_out or, in a Trainer, this is the first step since "
-                    "the training began or was resumed"
+                    "no independent batch is at hand: none was passed as held_out or, in a Trainer, this is the first step "
+                    "since the training began or was resumed"
                 )
             directions.append(self.taken.proposed())
             curvatures = [math.nan, math.nan]

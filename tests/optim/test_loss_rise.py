@@ -145,7 +145,7 @@ def test_the_weights_of_then_are_let_go_when_it_no_longer_watches():
     problem = Rising([1.0] * 40)
     control = controller(every=10, guard_steps="every").attach(problem.problem.optimizer)
     kept = []
-    for step in range(13):
+    for _ in range(13):
         problem.step(control)
         kept.append(control._knob.rise._lowest is not None)
     assert kept == [WINDOW <= step + 1 <= 10 for step in range(13)]
