@@ -257,7 +257,9 @@ class DampingController:
             before: this batch's loss before the step, where it is at hand: saves a forward pass.
             take: takes the step; None: ``optimizer.step``. For a preconditioner that rewrites the gradients, for example
                 ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients, which
-                ``optimizer.step`` isn't where they carry a graph (``create_graph=True``): it goes through that once only.
+                ``optimizer.step`` isn't where they carry a graph (``create_graph=True``): it goes through that once only. A
+                ``GradScaler`` refuses a second step: unscale the gradients, call `before_step`, let it step, and call
+                `after_step` with ``retake=optimizer.step``.
             clipped: whether this step's gradients were clipped, as in ``clip_grad_norm_(parameters, 1.0) > 1.0``; given on
                 all ranks or on none. Where most of the measured steps were, the clipping and not the damping says how long
                 steps are, and the damping is left as it is.

@@ -144,6 +144,7 @@ def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callab
     search = RootSearch(settings.deadband, from_above=from_above)
     tried: list[tuple[float, Ratio]] = []
     if from_above:
+        look.check_gradients()  # a step that a gradient scaler has skipped isn't to be taken now
         _retake(knob, look, retake, knob.within(math.inf))
     while state.first_products > 0:
         state.first_products -= 1

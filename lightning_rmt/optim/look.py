@@ -126,6 +126,19 @@ class Look:
             self._losses = start, end
         return self._losses
 
+    def check_gradients(self) -> None:
+        """Whether the step may be taken again.
+
+        Raises:
+            NoCalibrationError: its gradients are missing, sparse or not finite on some rank.
+        """
+
+        def check() -> list[float]:
+            self.taken.check_gradients()
+            return []
+
+        self._means(check, 0)
+
     def loss_at(self, start: TakenStep, loss: LossFunction) -> float:
         """The step's own batch's loss at the weights that an earlier step started from.
 
