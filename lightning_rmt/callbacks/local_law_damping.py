@@ -24,7 +24,7 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.report.damping import DampingReports
 from lightning_rmt.report.once import Once
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 REFUSED = "LocalLawDamping is refused on {}"
 FAILED = "judging a step failed on {}"
 #: A gradient whose norm differs by more than this share before and after clipping was clipped.

@@ -402,6 +402,8 @@ class DampingController:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken, before or after `attach`; the optimizer's own state is loaded apart.
 
+        The mode is this controller's own, unless the saved one had given up control to somebody else.
+
         Raises:
             ValueError: it is no such state.
         """

@@ -306,6 +306,35 @@ def test_a_loaded_state_goes_into_an_optimizer_that_was_not_loaded(loaded_first)
     assert [group["damping"] for group in optimizer.param_groups] == [0.25, 0.25 * (0.1 / 0.5)]
 
 
+@pytest.mark.parametrize("loaded_first", [True, False])
+@pytest.mark.parametrize(("saved", "own"), [("control", "log"), ("log", "control"), ("suggest", "log")])
+def test_a_loaded_state_does_not_change_the_mode(saved, own, loaded_first):
+    problem = NoisyQuadratic(6)
+    control = controller(mode=saved).attach(problem.optimizer)
+    problem.run(control, 3)
+    other = NoisyQuadratic(6, damping=0.123)
+    resumed = controller(mode=own)
+    if loaded_first:
+        resumed.load_state_dict(control.state_dict())
+    resumed.attach(other.optimizer)
+    if not loaded_first:
+        resumed.load_state_dict(control.state_dict())
+    assert resumed.mode == own
+    assert (other.optimizer.param_groups[0]["damping"] == 0.123) == (own != "control")
+
+
+def test_control_that_was_given_up_stays_so():
+    problem = NoisyQuadratic(6)
+    control = controller().attach(problem.optimizer)
+    problem.run(control, 2)
+    problem.optimizer.param_groups[0]["damping"] = 0.5
+    with pytest.warns(RuntimeWarning, match="let one of them set it"):
+        problem.run(control, 1)
+    resumed = controller()
+    resumed.load_state_dict(control.state_dict())
+    assert resumed.attach(problem.optimizer).mode == "log"
+
+
 def test_a_foreign_state_is_refused():
     with pytest.raises(ValueError, match="no state of a DampingController"):
         DampingController().load_state_dict({"damping": 1.0})
