@@ -24,7 +24,7 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.report.damping import DampingReports
 from lightning_rmt.report.once import Once
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 REFUSED = "LocalLawDamping is refused on {}"
 FAILED = "judging a step failed on {}"
 #: A gradient whose norm differs by more than this share before and after clipping was clipped.
@@ -49,7 +49,8 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     on.
 
     Products and losses are those of the controller, ``every`` steps: 2 products, and in control 2 losses; batches of these
-    steps are copied. The very first step has no step before it: there the search goes by the curvature of its own batches.
+    steps are copied. The very first step has no step before it: there the search goes by the curvature of its own batches,
+    from the largest damping down, since no spectrum is measured before that step either, and both ratios are of them.
 
     A resumed run goes on bit for bit, if the module, its optimizer and its data do: but where the checkpoint was written
     right before a step that is measured (after a multiple of ``every`` steps), that measurement is left out, since batches
@@ -255,7 +256,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def _judge(self, module: Any, optimizer: Any) -> None:
         self._clipped = self._was_clipped()
         own = self._batches.own(module, self.loss_fn)
-        held_out = self._batches.held_out(module, self.loss_fn)
+        held_out = self._batches.held_out(module, self.loss_fn) or (own if self.controller.searches else None)
         # an optimizer that unscales its gradients itself would do so a second time
         again = None if getattr(optimizer, "_step_supports_amp_scaling", False) else optimizer.step
         self._pending = self.controller.after_step(own, held_out, retake=again, clipped=self._clipped)
@@ -309,6 +310,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def _turn_off(self, trainer: Any, reason: str) -> None:
         self._off = True
         self._batches.forget()
+        self.controller.detach()  # it may hold weights and state of earlier steps
         if trainer.is_global_zero:
             warnings.warn(f"LocalLawDamping {self.name!r} is off: {reason}", stacklevel=4)
 

@@ -21,7 +21,9 @@ class NoiseScale:
         mean: s, in the operator's units, for batches of ``batch_size``: ``s^2 = E |N z|^2 / n`` over random directions z
             away from the outliers, so that a flat bulk of such noise ends at 2 s.
         stderr: one standard error of it, by the jackknife over random vectors: how well these two half batches' noise is
-            known, not how it differs from batch to batch. None with one vector.
+            known, not how it differs from batch to batch. None with one vector. With two it is hardly known itself
+            (Student's t with one degree of freedom): of 120 simulated scales 75 % were within two of it, 88 % with four
+            vectors and 91 % with eight.
         batch_size: samples; None where the operators don't say how many they have.
         anisotropy: variance that the noise has in the outliers' directions over ``s^2``, as far as it leads away from
             them: it is what moves an outlier from theta to about ``theta + anisotropy * s^2 / theta``. 1 for a GOE; 40 to 60

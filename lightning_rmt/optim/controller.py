@@ -79,7 +79,9 @@ class DampingController:
             first of them, and those after a rejection, are seen in both: see ``docs/damping.md``.
         rewind: while every step is guarded, a mean loss of `optim.rise.WINDOW` successive batches that is so many times the
             lowest one takes the training back to there: a step that is too long lowers its own batch's loss, which is all
-            that the guard sees, and raises that of others. None: never. Keeps one more copy of weights and state.
+            that the guard sees, and raises that of others. The last of these batches must have a loss as much lower at the
+            weights of then, one forward pass: batches that have only become harder are no reason. None: never. Keeps one
+            more copy of weights and state while it watches. Averages of weights that others keep (EMA) aren't taken back.
         mode: ``"log"`` measures and changes nothing, ``"suggest"`` warns as well, ``"control"`` sets the damping.
         search: whether the first step is taken again with other dampings. False where a damping acts on later steps only, as
             in optimizers that move an inverse a little in each step (singd): one step then says nothing about it.
@@ -250,11 +252,14 @@ class DampingController:
 
         Args:
             loss: returns this batch's mean loss as a scalar tensor, without ``backward()``; None: no guard, no trust part.
-            held_out: the same of a batch that is independent of this one; None: no held-out measurement.
+            held_out: the same of a batch that is independent of this one; None: no held-out measurement. The same function
+                as ``loss``: there is none, and the curvature of this batch has to do.
             before: this batch's loss before the step, where it is at hand: saves a forward pass.
             take: takes the step; None: ``optimizer.step``. For a preconditioner that rewrites the gradients, for example
                 ``lambda: (kfac.step(), optimizer.step())``. It may be called again with the same gradients, which
-                ``optimizer.step`` isn't where they carry a graph (``create_graph=True``): it goes through that once only.
+                ``optimizer.step`` isn't where they carry a graph (``create_graph=True``): it goes through that once only. A
+                ``GradScaler`` refuses a second step: unscale the gradients, call `before_step`, let it step, and call
+                `after_step` with ``retake=optimizer.step``.
             clipped: whether this step's gradients were clipped, as in ``clip_grad_norm_(parameters, 1.0) > 1.0``; given on
                 all ranks or on none. Where most of the measured steps were, the clipping and not the damping says how long
                 steps are, and the damping is left as it is.
@@ -286,6 +291,8 @@ class DampingController:
         knob = self._knob
         optimizer = knob.optimizer
         knob.look_for_others()
+        if not knob.watches:
+            knob.forget_losses()  # and the weights that go with them
         self._taken = None
         if self.looks:
             assert self._outside is not None
@@ -356,6 +363,11 @@ class DampingController:
         return self.guards or (self.due and self._knob.method != "local-law")
 
     @property
+    def searches(self) -> bool:
+        """Whether the first calibration isn't over: whether ``loss`` as ``held_out`` too is better than nothing."""
+        return self._knob.searching
+
+    @property
     def busy(self) -> bool:
         """Whether steps that are taken now are the controller's own."""
         return self._busy
@@ -389,6 +401,8 @@ class DampingController:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken, before or after `attach`; the optimizer's own state is loaded apart.
+
+        The mode is this controller's own, unless the saved one had given up control to somebody else.
 
         Raises:
             ValueError: it is no such state.

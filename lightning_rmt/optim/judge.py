@@ -15,7 +15,10 @@ from lightning_rmt.optim.knob import Knob
 from lightning_rmt.optim.look import Look, Ratio, same_direction
 from lightning_rmt.optim.report import DampingReport
 from lightning_rmt.optim.snapshot import halve_momentum
-from lightning_rmt.optim.taken_step import LossFunction
+from lightning_rmt.optim.taken_step import LossFunction, TakenStep
+
+#: Steps undone with the largest damping before that is said: one may be a bad batch.
+UNDONE_AT_THE_TOP = 3
 
 
 class Questions(NamedTuple):
@@ -53,6 +56,7 @@ def judge(knob: Knob, look: Look, asked: Questions) -> DampingReport:
     if undone:
         state.guarded_until = max(state.guarded_until, state.steps + 1 + settings.every)
         proposal = max(proposal, knob.damping * settings.guard_factor)
+        _warn_at_the_top(knob)
     proposal = knob.within(proposal)
     if knob.controls and (undone or proposal != state.damping):
         knob.set(proposal)  # what was undone had the damping from before the step
@@ -117,10 +121,10 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
     Raises:
         NoCalibrationError: the step can't be judged, or doesn't depend on the damping; it was taken with the old damping.
     """
-    knob.state.started = True
     if asked.retake is None:
         knob.state.first_products -= 1
         ratio, last = _ratio(knob, look, asked), knob.state.damping
+        knob.state.started = True
         factor = change(ratio.value, WIDE, knob.settings.deadband)
         if factor == 1 and ratio.value > 0:
             knob.state.first_products = 0
@@ -136,10 +140,11 @@ def _search(knob: Knob, look: Look, asked: Questions) -> tuple[Ratio, float]:
 
 def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callable[[], Any]) -> tuple[Ratio, float]:
     state, settings = knob.state, knob.settings
-    from_above = settings.init == "local-law" and state.local_law is None
+    from_above = settings.init == "local-law" and not state.started
     search = RootSearch(settings.deadband, from_above=from_above)
     tried: list[tuple[float, Ratio]] = []
     if from_above:
+        look.check_gradients()  # a step that a gradient scaler has skipped isn't to be taken now
         _retake(knob, look, retake, knob.within(math.inf))
     while state.first_products > 0:
         state.first_products -= 1
@@ -170,7 +175,7 @@ def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callab
             f"the step is the same with a damping of {first:.3g} and {others[-1][0]:.3g}: the optimizer doesn't use this "
             "number, or only every so many steps"
         )
-    state.settled = True
+    state.settled = state.started = True
     return tried[-1][1], state.damping
 
 
@@ -205,7 +210,7 @@ def _guard(knob: Knob, look: Look, asked: Questions) -> int:
     if settings.guard is None or asked.loss is None:
         return 0
     before, after = look.losses(asked.loss, asked.before)
-    lowest = knob.rise.see(state.steps, before, look.taken) if knob.rise is not None and knob.watches else None
+    lowest = _rise(knob, look, asked.loss, before)
     # of a positive loss, guard times what it was; a negative one may rise by as much
     if lowest is None and math.isfinite(before) and after <= before + (settings.guard - 1) * abs(before):
         return 0
@@ -219,6 +224,34 @@ def _guard(knob: Knob, look: Look, asked: Questions) -> int:
     halve_momentum(knob.optimizer)
     state.rejections += 1
     return state.steps - first + 1
+
+
+def _rise(knob: Knob, look: Look, loss: LossFunction, before: float) -> tuple[int, TakenStep] | None:
+    """Where to go back to, if the losses rise because of the weights; None: no rise, or the batches have become harder."""
+    if knob.rise is None or not knob.watches:
+        return None
+    lowest = knob.rise.see(knob.state.steps, before, look.taken)
+    if lowest is None or not math.isfinite(before):
+        return lowest
+    there = look.loss_at(lowest[1], loss)
+    return lowest if knob.rise.is_above(before, there) else None
+
+
+def _warn_at_the_top(knob: Knob) -> None:
+    """Undoing steps with the largest damping that there is may go on for ever: a training that stands still."""
+    state = knob.state
+    if state.damping < knob.within(math.inf):
+        return
+    knob.topped += 1
+    if knob.topped != UNDONE_AT_THE_TOP:
+        return
+    warnings.warn(
+        f"step {state.steps}: for the {knob.topped}rd time undone although the damping is {state.damping:.3g}, the largest "
+        "that its bounds allow. While steps are undone the training stands still: lower the learning rate or raise bounds=; "
+        "or the optimizer doesn't use this number. This is said once",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _suggest(knob: Knob, proposal: float, ratio: Ratio | None) -> None:

@@ -22,6 +22,7 @@ class Knob:
     Attributes:
         state: what is remembered and saved.
         settings: the controller's.
+        topped: how many steps were undone with the largest damping.
         rise: watches the losses while every step is guarded, None where nobody wants it. Not saved: it holds weights.
     """
 
@@ -32,6 +33,7 @@ class Knob:
         self._optimizer: Optimizer | None = None
         self._target: Target | None = None
         self._written: tuple[float, ...] | None = None
+        self.topped = 0
         self._loaded = False
         self._left = False
 
@@ -78,6 +80,8 @@ class Knob:
     def load(self, state: ControllerState) -> None:
         """See `DampingController.load_state_dict`."""
         self.state = state
+        # what this controller was made for, not the one that the state was saved by
+        state.mode = "log" if state.given_up and self.settings.mode == "control" else self.settings.mode
         self.forget_losses()
         self._loaded = self._target is None
         if self._target is None:
@@ -164,7 +168,7 @@ class Knob:
         found = self.target.values()
         if found == self._written:
             return
-        self.state.mode = "log"
+        self.state.mode, self.state.given_up = "log", True
         warnings.warn(
             f"the damping was set to {_shown(self._written)} and is {_shown(found)} now: a scheduler or a callback changes "
             "it too. The controller only logs from here on; let one of them set it",

@@ -65,7 +65,7 @@ class Look:
         """``r = d'H d / (-g.d)`` for a learning rate of one, H of a loss before the step.
 
         Args:
-            held_out: of an independent batch.
+            held_out: of an independent batch; the same function as ``own`` where there is none, and that has to do.
             own: of the step's own batch, if that is to count too.
 
         Raises:
@@ -75,13 +75,18 @@ class Look:
 
         def measure() -> list[float]:
             if held_out is None:
-                raise NoCalibrationError("no loss of an independent batch was given")
+                raise NoCalibrationError(
+                    "no independent batch is at hand: none was passed as held_out or, in a Trainer, this is the first step "
+                    "since the training began or was resumed"
+                )
             directions.append(self.taken.proposed())
             curvatures = [math.nan, math.nan]
-            for place, loss in enumerate((held_out, own)):
+            for place, loss in enumerate((held_out, None if own is held_out else own)):
                 if loss is not None and math.isfinite(directions[0].length):
                     self.products += 1
                     curvatures[place] = self.taken.curvature(loss, directions[0].unit)
+            if own is held_out:
+                curvatures[1] = curvatures[0]
             return [*curvatures, directions[0].slope]
 
         *curvatures, slope = self._means(measure, 3)
@@ -120,6 +125,32 @@ class Look:
             start, end = self._means(measure, 2)
             self._losses = start, end
         return self._losses
+
+    def check_gradients(self) -> None:
+        """Whether the step may be taken again.
+
+        Raises:
+            NoCalibrationError: its gradients are missing, sparse or not finite on some rank.
+        """
+
+        def check() -> list[float]:
+            self.taken.check_gradients()
+            return []
+
+        self._means(check, 0)
+
+    def loss_at(self, start: TakenStep, loss: LossFunction) -> float:
+        """The step's own batch's loss at the weights that an earlier step started from.
+
+        Raises:
+            NoCalibrationError: it can't be had on some rank.
+        """
+
+        def measure() -> list[float]:
+            with start.at_start():
+                return [self.taken.value(loss)]
+
+        return self._means(measure, 1)[0]
 
     def forget_losses(self) -> None:
         """For a step that was taken again."""

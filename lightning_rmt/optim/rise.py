@@ -68,8 +68,11 @@ class LossRise:
         # successive differences: a scatter that a trend has no part in
         scatter = math.sqrt(2 * math.fsum(d * d for d in self._differences) / len(self._differences))
         error = scatter * math.hypot(mean, lowest) / math.sqrt(WINDOW)
-        risen = mean > lowest + (self._factor - 1) * abs(lowest)
-        return (at, where) if risen and mean - lowest > SIGNIFICANT * error else None
+        return (at, where) if self.is_above(mean, lowest) and mean - lowest > SIGNIFICANT * error else None
+
+    def is_above(self, loss: float, lowest: float) -> bool:
+        """Whether a loss is so many times another: of a negative one, above it by as much."""
+        return loss > lowest + (self._factor - 1) * abs(lowest)
 
 
 def _relative_difference(one: float, other: float) -> float:

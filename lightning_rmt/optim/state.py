@@ -32,6 +32,7 @@ class ControllerState:
         suggested: whether a suggestion was made already.
         distrusted: whether the noise was far from the local law's, so that held-out curvature has its say in any method.
         guarded_until: steps up to which every one is guarded.
+        given_up: whether somebody else set the damping, so that this controller only logs.
         settled: whether the damping was right, or too small, once: from there on it falls slowly.
         clipped: share of clipped steps among the last measured ones, None where nobody said.
     """
@@ -52,6 +53,7 @@ class ControllerState:
     suggested: bool = False
     distrusted: bool = False
     guarded_until: int = 0
+    given_up: bool = False
     settled: bool = False
     clipped: float | None = None
 

@@ -148,7 +148,12 @@ class TakenStep:
         parameters = optimizer_parameters(self._optimizer)
         return {i: parameters[i].detach() - self.before.weights[i] for i in self._options}
 
-    def _direction(self, moves: dict[int, Tensor], pure: bool) -> Direction:
+    def check_gradients(self) -> None:
+        """Whether a step with these gradients can be judged.
+
+        Raises:
+            NoCalibrationError: they are missing, sparse or not finite.
+        """
         self.keep_gradients()
         assert self._gradients is not None
         gradients = [self._gradients[i] for i in self._options]
@@ -158,13 +163,17 @@ class TakenStep:
             raise NoCalibrationError(
                 "no parameter that the damping is for has a gradient: call this after backward() and before zero_grad()"
             )
+        if not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None):
+            raise NoCalibrationError("the gradient isn't finite")
+
+    def _direction(self, moves: dict[int, Tensor], pure: bool) -> Direction:
+        self.check_gradients()
+        assert self._gradients is not None
         try:
             block = self._block()
         except ValueError as error:
             raise NoCalibrationError(str(error)) from error
-        flat, gradient = block.flatten(list(moves.values())), block.flatten(gradients)
-        if not bool(torch.isfinite(gradient).all()):
-            raise NoCalibrationError("the gradient isn't finite")
+        flat, gradient = block.flatten(list(moves.values())), block.flatten([self._gradients[i] for i in self._options])
         length = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
         if length == 0:
             raise NoMoveError("the step changed no weight")

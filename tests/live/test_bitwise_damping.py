@@ -40,6 +40,7 @@ def test_training_is_the_same(name, tmp_path):
         assert watch.report.products > 0, watch.report.refused
 
 
+@pytest.mark.filterwarnings("ignore:.*for the 3rd time undone")  # a learning rate is no damping
 def test_the_harness_sees_a_damping_that_is_set(tmp_path):
     case = next(case for case in CASES if case.name == "mlp, SGD")
     assert "weights" in differences(train(case, tmp_path, watching(case, "control")), train(case, tmp_path))

@@ -74,6 +74,35 @@ def test_ranks_decide_as_one(tmp_path):
     torch.testing.assert_close(p, r, rtol=1e-5, atol=1e-8)
 
 
+def drifting_on_rank():
+    """Somebody moves the weights after each step from the eighth on, the same on all ranks: no step shows that rise."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank = dist.get_rank()
+    p = nn.Parameter(torch.full((N,), 0.1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([{"params": [p], "damping": 1.0}], lr=1e-3)
+    control = DampingController(mode="control", search=False).attach(optimizer, group=dist.group.WORLD)
+    seen = []
+    for step in range(24):
+        rows = data(step, 0)
+        mine = rows[8 * rank : 8 * rank + 8]
+        optimizer.zero_grad()
+        (rows @ p).square().mean().backward()
+        report = control.step(lambda mine=mine: (mine @ p).square().mean(), before=(mine @ p).square().mean())
+        seen.append(report.undone)
+        if 8 <= step < 16 and not any(seen):
+            with torch.no_grad():
+                p.mul_(1.3)
+    return seen, p.detach()
+
+
+def test_ranks_go_back_together(tmp_path):
+    (first, p), (second, q) = on_two_ranks(drifting_on_rank, tmp_path)
+    assert first == second
+    assert torch.equal(p, q)
+    assert max(first) > 1
+    assert float(p.abs().max()) < 0.11  # where it was before
+
+
 def test_a_rank_that_fails_makes_all_refuse(tmp_path):
     (first, p), (second, q) = on_two_ranks(on_rank, tmp_path, 4)
     assert [step[:4] for step in first] == [step[:4] for step in second]

@@ -264,6 +264,25 @@ def test_no_independent_batch():
     assert "independent batch" in refusal(NoisyQuadratic(), held_out=None)
 
 
+def test_steps_that_are_undone_with_the_largest_damping_are_said_once():
+    problem = NoisyQuadratic(6, lr=0.1)
+    control = controller(init=10.0, bounds=(1e-3, 20.0), search=False).attach(problem.optimizer)
+    own = problem.batch()
+
+    def worse():
+        return own() + 100.0  # than what is said of before
+
+    def run():
+        for _ in range(6):
+            problem.backward(own)
+            control.step(worse, problem.batch(), before=1.0)
+
+    with pytest.warns(RuntimeWarning, match="the largest that its bounds allow") as said:
+        run()
+    assert len(said) == 1
+    assert control.report.rejections >= 4
+
+
 def test_no_learning_rate():
     assert "learning rate is 0" in refusal(NoisyQuadratic(lr=0.0))
 

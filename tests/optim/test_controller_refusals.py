@@ -116,3 +116,31 @@ def test_sharded_parameters_are_refused_in_control_and_said_in_log(sharded):
     report = control.step(lambda: (sharded**2).sum(), lambda: (sharded**2).sum())
     assert "sharded (DTensor)" in report.refused
     assert torch.equal(sharded.full_tensor(), torch.full((4,), 0.8))
+
+
+@pytest.mark.parametrize("overflow", [None, 0, 2])
+def test_a_gradient_scaler_steps_once_and_the_search_by_itself(overflow):
+    def run(scaler):
+        problem = NoisyQuadratic(10)
+        control = DampingController(mode="control", guard=None).attach(problem.optimizer)  # else that undoes it
+        for step in range(4):
+            own, other = problem.batch(), problem.batch()
+            problem.optimizer.loss = own
+            problem.optimizer.zero_grad()
+            scaler.scale(own()).backward()
+            if step == overflow:
+                problem.x.grad[0] = torch.inf
+            scaler.unscale_(problem.optimizer)
+            control.before_step()
+            scaler.step(problem.optimizer)
+            scaler.update()
+            control.after_step(own, other, retake=problem.optimizer.step)
+        return problem.x.detach(), control
+
+    weights, control = run(torch.amp.GradScaler("cpu", init_scale=64.0))
+    assert torch.isfinite(weights).all()
+    assert weights.abs().max() > 0
+    if overflow is None:
+        plain, _ = run(torch.amp.GradScaler("cpu", enabled=False))
+        torch.testing.assert_close(weights, plain, rtol=1e-12, atol=0)
+    assert control.report is not None

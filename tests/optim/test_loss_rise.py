@@ -78,17 +78,28 @@ def test_a_gap_starts_it_anew():
 
 
 class Rising:
-    """A quadratic whose batches' losses are what the test says: a constant that no gradient knows is added."""
+    """A quadratic whose batches' losses are what the test says, by a constant that no gradient knows.
 
-    def __init__(self, levels):
-        self.problem = NoisyQuadratic(noise=0.01, momentum=0.5, lr=0.01)
+    It belongs to the weights that a step starts from, so that it is known when they come back; or with ``by_data`` to the
+    batch, whatever the weights.
+    """
+
+    def __init__(self, levels, by_data=False):
+        self.problem = NoisyQuadratic(6, noise=0.01, momentum=0.5, lr=0.01)
         self.levels = iter(levels)
+        self.of_weights = {}
+        self.by_data = by_data
+
+    def here(self):
+        return self.problem.x.detach().numpy().tobytes()
 
     def step(self, control):
         own, other, level = self.problem.batch(), self.problem.batch(), next(self.levels)
         base = float(own().detach())
+        if not self.by_data:
+            self.of_weights[self.here()] = level
         self.problem.backward(own)
-        return control.step(lambda: own() - base + level, other, before=level)
+        return control.step(lambda: own() - base + self.of_weights.get(self.here(), level), other, before=level)
 
 
 def controller(**options):
@@ -115,6 +126,29 @@ def test_weights_and_momentum_go_back_and_the_learning_rate_does_not():
     assert control.damping == pytest.approx(4.0)
     assert control.state_dict()["rejections"] == 1
     assert control.state_dict()["guarded_until"] == step + 1 + 25
+
+
+@pytest.mark.parametrize(
+    "levels", [[100.0, 100, 100, 100, 100, 100, 300, 300, 300, 300, 300, 300] * 4, [20 * 1.08**t for t in range(48)]]
+)
+def test_batches_that_become_harder_are_no_rise(levels):
+    # blocks of easy and hard batches, and a curriculum: no weights have a smaller loss on these
+    problem = Rising(levels, by_data=True)
+    control = controller().attach(problem.problem.optimizer)
+    for _ in levels:
+        problem.step(control)
+    assert control.state_dict()["rejections"] == 0
+    assert control.damping == 1.0
+
+
+def test_the_weights_of_then_are_let_go_when_it_no_longer_watches():
+    problem = Rising([1.0] * 40)
+    control = controller(every=10, guard_steps="every").attach(problem.problem.optimizer)
+    kept = []
+    for _ in range(13):
+        problem.step(control)
+        kept.append(control._knob.rise._lowest is not None)
+    assert kept == [WINDOW <= step + 1 <= 10 for step in range(13)]
 
 
 @pytest.mark.parametrize("options", [{"rewind": None}, {"guard": None}])
