@@ -52,9 +52,9 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     steps are copied. The very first step has no step before it: there the search goes by the curvature of its own batches,
     from the largest damping down, since no spectrum is measured before that step either, and both ratios are of them.
 
-    A resumed run goes on bit for bit, if the module, its optimizer and its data do: but where the checkpoint was written
-    right before a step that is measured (after a multiple of ``every`` steps), that measurement is left out, since batches
-    aren't in checkpoints.
+    Measured are the first step and those in the middle between multiples of ``every``. A resumed run goes on bit for bit, if
+    the module, its optimizer and its data do: but where the checkpoint was written right before a step that is measured,
+    that measurement is left out, since batches aren't in checkpoints.
 
     Args:
         controller: with settings of its own, see there; None: ``DampingController(target=target, mode=mode)``.
@@ -168,6 +168,8 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
                 optimizer,
                 group=self._ranks.group,
                 surroundings=lambda: fence(trainer, pl_module, seed=self._seed(trainer)),
+                # a measurement needs the batch before it, which no checkpoint has, and those are of round steps
+                offset=self.controller.settings.every // 2,
             )
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"LocalLawDamping: {error}") from error

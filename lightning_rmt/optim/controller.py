@@ -138,6 +138,7 @@ class DampingController:
         buffers: Iterable[Tensor] = (),
         surroundings: Surroundings = nullcontext,
         state: Iterable[Any] = (),
+        offset: int = 0,
     ) -> DampingController:
         """Finds the optimizer's damping; to be called once, before the first step.
 
@@ -149,17 +150,21 @@ class DampingController:
                 are outside of it.
             state: what else a step or a loss function changes, such as a preconditioner beside the optimizer: objects with
                 ``state_dict`` and ``load_state_dict``, or pairs of functions ``(get, set)``.
+            offset: steps by which every measurement but the first comes later than a multiple of ``every``, less than that:
+                where the held-out batch is that of the step before, and checkpoints are written at round numbers, say.
 
         Returns:
             The controller itself.
 
         Raises:
             TypeError: the target is no number, or ``target`` nothing that can be one; or something in ``state`` is no state.
-            ValueError: the optimizer has no such damping, or nothing that it is for can be trained; or in control its
+            ValueError: the offset isn't below ``every``; the optimizer has no such damping, or nothing that it is for can be trained; or in control its
                 parameters are sharded (FSDP).
         """
+        if not 0 <= offset < self.settings.every:
+            raise ValueError(f"offset must be at least 0 and below every={self.settings.every}, got {offset}")
         outside = OutsideState(optimizer, state)
-        self._knob.attach(optimizer, self.target)
+        self._knob.attach(optimizer, self.target, offset)
         if self._knob.controls:
             outside.warn_of_hidden()
         self._group, self._buffers, self._outside, self._taken = group, list(buffers), outside, None

@@ -23,12 +23,14 @@ class Knob:
         state: what is remembered and saved.
         settings: the controller's.
         topped: how many steps were undone with the largest damping.
+        offset: remainder, by ``every``, of the steps after the first that are measured.
         rise: watches the losses while every step is guarded, None where nobody wants it. Not saved: it holds weights.
     """
 
     def __init__(self, settings: DampingSettings) -> None:
         self.settings = settings
         self.state = self._fresh()
+        self.offset = 0
         self.rise = None if settings.rewind is None or settings.guard is None else LossRise(settings.rewind)
         self._optimizer: Optimizer | None = None
         self._target: Target | None = None
@@ -46,8 +48,9 @@ class Knob:
             state.first_products = 0
         return state
 
-    def attach(self, optimizer: Optimizer, argument: TargetArgument) -> None:
+    def attach(self, optimizer: Optimizer, argument: TargetArgument, offset: int = 0) -> None:
         """See `DampingController.attach`."""
+        self.offset = offset
         target = find_target(optimizer, argument)
         mode = self.state.mode if self._loaded else self.settings.mode
         check_parameters(optimizer, target, whole=mode == "control")
@@ -131,7 +134,8 @@ class Knob:
 
     def due(self, ahead: int = 0) -> bool:
         """Whether the current step, or one that many steps ahead, is to be measured."""
-        return (self.state.steps + ahead) % self.settings.every == 0 or self.searching
+        step = self.state.steps + ahead
+        return step == 0 or step % self.settings.every == self.offset or self.searching
 
     @property
     def guards(self) -> bool:

@@ -144,3 +144,9 @@ def test_a_gradient_scaler_steps_once_and_the_search_by_itself(overflow):
         plain, _ = run(torch.amp.GradScaler("cpu", enabled=False))
         torch.testing.assert_close(weights, plain, rtol=1e-12, atol=0)
     assert control.report is not None
+
+
+@pytest.mark.parametrize("offset", [-1, 25])
+def test_an_offset_is_one_of_the_steps_between_two_measurements(offset):
+    with pytest.raises(ValueError, match=f"below every=25, got {offset}"):
+        DampingController().attach(NoisyQuadratic().optimizer, offset=offset)

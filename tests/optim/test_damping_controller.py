@@ -422,3 +422,17 @@ def test_a_given_start_is_written_and_bounds_hold():
     control = controller(rel_bounds=(1e-3, 1e-2)).attach(NoisyQuadratic().optimizer)
     control.update(goe_spectrum(), 1.0)
     assert control.damping == pytest.approx(2e-2, rel=0.01)  # a hundredth of the largest eigenvalue
+
+
+def test_measurements_after_the_first_come_later_by_the_offset():
+    problem = NoisyQuadratic()
+    control = DampingController(every=10).attach(problem.optimizer, offset=4)
+    looked = []
+    for step in range(30):
+        due = control.due
+        own = problem.batch()
+        problem.backward(own)
+        if control.step(own, problem.batch()) is not None:
+            assert due
+            looked.append(step)
+    assert looked == [0, 4, 14, 24]
