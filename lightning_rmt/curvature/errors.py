@@ -65,8 +65,12 @@ REENTRANT = (
 )
 
 # "derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented",
-# "the derivative for '_embedding_bag_backward' is not implemented."
-_NO_DERIVATIVE = re.compile(r"derivative for '?(?:aten::)?([\w.]+)'? is not implemented")
+# "the derivative for '_embedding_bag_backward' is not implemented.", and of an operator made by torch.library.custom_op:
+# "Trying to backward through my_library.my_backward.default but no autograd formula was registered."
+_NO_DERIVATIVE = re.compile(
+    r"derivative for '?(?:aten::)?(?P<aten>[\w.]+)'? is not implemented"
+    r"|backward through (?P<custom>[\w.:]+?)(?:\.default)? but no autograd formula was registered"
+)
 
 
 def explain(error: BaseException) -> CurvatureError | None:
@@ -82,7 +86,7 @@ def explain(error: BaseException) -> CurvatureError | None:
         return None
     message = str(error)
     if found := _NO_DERIVATIVE.search(message):
-        return SecondDerivativeError(found.group(1))
+        return SecondDerivativeError(found["aten"] or found["custom"])
     if "support double backward" in message or "donated buffers" in message:
         return SecondDerivativeError(
             "torch.compile",

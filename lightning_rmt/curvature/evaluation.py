@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -133,24 +134,27 @@ def differentiate(
     Raises:
         ValueError: every parameter is frozen, or the loss depends on none of them.
         CurvatureError: ``create_graph`` with a sparse gradient, or all of them are in reentrant activation checkpoints.
-        SecondDerivativeError: ``create_graph`` with an autograd.Function marked ``@once_differentiable``.
+        SecondDerivativeError: ``create_graph`` with an autograd.Function whose backward can't be differentiated.
     """
-    if create_graph:
-        refuse_once_differentiable(value)
     trainable = [i for i, p in enumerate(block.tensors) if p.requires_grad]
     if not trainable:
         raise ValueError("every parameter is frozen (requires_grad=False): there is nothing to differentiate by")
-    found = torch.autograd.grad(
-        value,
-        [block.tensors[i] for i in trainable],
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    with watched_functions(value) if create_graph else nullcontext(value) as watched:
+        found = torch.autograd.grad(
+            watched,
+            [block.tensors[i] for i in trainable],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
     if all(gradient is None for gradient in found):
         if any(type(node).__name__ == "CheckpointFunctionBackward" for node in graph_nodes([value])):
             raise CurvatureError(REENTRANT)  # which autograd would say only where it goes into the checkpoint
-        raise ValueError(f"the loss of batch {index} depends on none of the parameters that were given")
+        raise ValueError(
+            f"the loss of batch {index} depends on none of the parameters that were given: they are unused in it, or what "
+            "they go into is detached or computed under no_grad. Give a loss that keeps the graph (SpectrumMonitor: "
+            "loss_fn=), or other parameters (parameters=)"
+        )
     gradients: list[Tensor | None] = [None] * len(block.tensors)
     for i, gradient in zip(trainable, found, strict=True):
         if gradient is not None and gradient.layout != torch.strided:
@@ -165,15 +169,36 @@ def differentiate(
     return gradients
 
 
-def refuse_once_differentiable(value: Tensor) -> None:
-    """Looks for functions that autograd would differentiate a second time to zero, without a word.
+@contextmanager
+def watched_functions(value: Tensor) -> Iterator[Tensor]:
+    """Gives ``value`` to differentiate, and refuses functions whose second derivative autograd takes for zero, silently.
 
-    PyTorch puts the error for them off to a node that ``autograd.grad`` with ``inputs`` never reaches.
+    Those marked ``@once_differentiable``: PyTorch puts the error for them off to a node that ``autograd.grad`` with
+    ``inputs`` never reaches. And those whose backward hands the gradient to something that autograd doesn't follow (a kernel
+    of their own, NumPy, ``no_grad``): a backward is linear in the gradient that arrives, so what it returns depends on
+    whatever that depends on, unless it is zero. Where only what it saved is detached, that isn't seen.
     """
-    for node in graph_nodes([value]):
-        function: Any = getattr(type(node), "_forward_cls", None)  # an autograd.Function written in Python
-        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
-            raise SecondDerivativeError(f"{function.__name__} (an autograd.Function marked @once_differentiable)")
+    one: Tensor | None = None
+    with ExitStack() as hooks:
+        for node in graph_nodes([value]):
+            function: Any = getattr(type(node), "_forward_cls", None)  # an autograd.Function written in Python
+            if function is None:
+                continue
+            if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE_DIFFERENTIABLE:
+                raise SecondDerivativeError(f"{function.__name__} (an autograd.Function marked @once_differentiable)")
+            hooks.callback(node.register_hook(partial(_refuse_lost, function.__name__)).remove)
+            one = torch.ones_like(
+                value, requires_grad=True
+            )  # so that no arriving gradient is a constant, as at the loss
+        yield value if one is None else value * one
+
+
+def _refuse_lost(name: str, returned: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> None:
+    """Called by autograd with what a function's backward returned for what arrived."""
+    followed = [gradient.requires_grad for gradient in arrived if gradient is not None]
+    lost = [gradient for gradient in returned if gradient is not None and not gradient.requires_grad]
+    if followed and all(followed) and any(bool(gradient.any()) for gradient in lost):
+        raise SecondDerivativeError(f"{name} (an autograd.Function whose backward leaves autograd)")
 
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__  # all its wrappers share their code

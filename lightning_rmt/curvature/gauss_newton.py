@@ -14,7 +14,7 @@ from lightning_rmt.curvature.evaluation import (
     differentiable,
     differentiate,
     evaluate,
-    refuse_once_differentiable,
+    watched_functions,
 )
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import ParameterBlock, Parameters
@@ -103,8 +103,8 @@ class GaussNewton(CurvatureOperator):
         seen = [item.detach().requires_grad_() if item.requires_grad else item for item in items]
         leaves = [item for item in seen if item.requires_grad]
         evaluation = evaluate(loss, (_like(produced, seen), batch), index)
-        refuse_once_differentiable(evaluation.loss)
-        slopes = torch.autograd.grad(evaluation.loss, leaves, create_graph=True, allow_unused=True)
+        with watched_functions(evaluation.loss) as watched:
+            slopes = torch.autograd.grad(watched, leaves, create_graph=True, allow_unused=True)
         if all(slope is None for slope in slopes):
             raise ValueError(f"the loss of batch {index} does not depend on the outputs")
 
@@ -159,6 +159,8 @@ class GaussNewton(CurvatureOperator):
                 allow_unused=True,
             )
             reached = [(out, u) for out, u in zip(graphs.outputs, bent, strict=True) if u is not None]
+            if not reached:  # the loss is linear in every output
+                return self.block.flatten(columns)
             found = torch.autograd.grad(
                 [out for out, _ in reached],
                 [self.block.tensors[i] for i in graphs.places],

@@ -126,6 +126,16 @@ def measure_noise(
     with ExitStack() as stack:
 
         def build() -> list[CurvatureOperator]:
+            try:
+                return halves_built()
+            except Exception as error:
+                if len(batches) % 2 == 0 or is_out_of_memory(error) or isinstance(error, RefusedError):
+                    raise
+                raise RefusedError(
+                    f"on half of the batch the loss fails; with batches=2 halves are whole ones: {error}"
+                ) from error
+
+        def halves_built() -> list[CurvatureOperator]:
             built = []
             for half in _halves(batches):
                 operator, _, _ = build_operator(

@@ -62,6 +62,11 @@ def caveats(reading: Reading) -> dict[str, str]:
                 f"not converged: an eigenvalue lies within {number(level.residual)} of it, and it need not be the "
                 "outermost; more Lanczos steps settle it"
             )
+    if spectrum.lambda_max.value == spectrum.lambda_min.value == 0.0:
+        found[f"{reading.name}/lambda_max"] = (
+            "every eigenvalue is zero: the loss is linear in these parameters, or a function of its own detaches what its "
+            'backward returns; product="finite_difference" tells which'
+        )
     for side, outliers in (("high", spectrum.outliers.high), ("low", spectrum.outliers.low)):
         if outliers.count is not None and outliers.at_least:
             found[f"{reading.name}/outliers/count_{side}"] = f"a lower bound: {outliers.verdict}"

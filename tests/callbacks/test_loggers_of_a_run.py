@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -163,6 +165,26 @@ def test_what_the_callbacks_found_is_what_was_written(run, logger):
     assert written["rmt/damping_control/heldout_ratio", last] == pytest.approx(damping.report.ratio, **within)
     layer = factors.reading.layers["net.0"]
     assert written["rmt/kronecker/net.0/rotation_gain", 15] == pytest.approx(layer.rotation_gain.mean, **within)
+
+
+def test_every_chart_has_its_place_on_the_page_that_explains_them(run):
+    page = (Path(__file__).parents[2] / "docs" / "charts.md").read_text(encoding="utf-8")
+    codes = set(re.findall(r"`([^`\n]+)`", page))
+    ending = re.compile(r"_(stderr|residual|low|high|left|right|held_out|floors|z|z_poisson|p_value|levels)$")
+    named = {part for code in codes for part in re.split(r"[/, ]+", code)}
+    named |= codes | {ending.sub("", name) for name in named}
+
+    def explained(tag):
+        leaf = re.sub(r"(?<=/)\d+$", "<i>", re.sub(r"(?<=/fit/)\w+$", "<law>", tag))
+        leaf = "/".join(leaf.split("/")[-2:]) if leaf.endswith("<i>") else leaf.rsplit("/", 1)[-1]
+        while leaf not in named and ending.search(leaf):
+            leaf = ending.sub("", leaf)
+        return leaf in named
+
+    tags = {tag for tag, _ in run[1]["csv"] if tag.startswith("rmt/")}
+    assert len(tags) > 80
+    assert not explained("rmt/an_unexplained_chart_stderr")
+    assert {tag for tag in tags if not explained(tag)} == set()
 
 
 @pytest.mark.parametrize("logger", LOGGERS[1:])

@@ -21,6 +21,11 @@ from lightning_rmt.curvature.errors import CurvatureError, SecondDerivativeError
             "_scaled_dot_product_efficient_attention_backward",
         ),
         ("the derivative for '_embedding_bag_backward' is not implemented.", "_embedding_bag_backward"),
+        (
+            "Trying to backward through flash_attn._flash_attn_backward.default but no autograd formula was registered. "
+            "Please use register_autograd to add one.",
+            "flash_attn._flash_attn_backward",
+        ),
         ("torch.compile with aot_autograd does not currently support double backward", "torch.compile"),
         (
             "This backward function was compiled with non-empty donated buffers which requires create_graph=False",

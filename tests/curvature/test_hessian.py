@@ -389,6 +389,50 @@ def test_embedding_bag_has_no_second_derivative_and_the_error_says_so():
 
 
 @pytest.mark.parametrize("outer", [lambda y: y.sum(), lambda y: y.pow(2).sum()])
+def test_a_function_whose_backward_leaves_autograd_is_refused(outer):
+    """Which isn't marked, and in the first case is the loss itself: nothing but a constant arrives there."""
+
+    class Cube(torch.autograd.Function):
+        kernel = staticmethod(lambda x, g: torch.from_numpy(3 * x.detach().numpy() ** 2 * g.detach().numpy()))
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, g):
+            return Cube.kernel(*ctx.saved_tensors, g)
+
+    x = torch.randn(3, requires_grad=True)
+    loss = lambda _: outer(Cube.apply(x))  # noqa: E731
+    words = r"Cube .*leaves autograd"
+    with pytest.raises(SecondDerivativeError, match=words):
+        Hessian(loss, [x], [None])
+    with pytest.raises(SecondDerivativeError, match=words):
+        GaussNewton(loss, lambda out, _: out**2, [x], [None])
+    with pytest.raises(SecondDerivativeError, match=words):
+        GaussNewton(lambda _: 2 * x, lambda out, _: outer(Cube.apply(out)), [x], [None])
+    smooth, v = Hessian(lambda _: outer(x**3), [x], [None]), torch.randn(3)
+    assert torch.allclose(FiniteDifferenceHessian(loss, [x], [None]).matvec(v), smooth.matvec(v), rtol=1e-2, atol=1e-3)
+    Cube.kernel = staticmethod(lambda x, g: 3 * x**2 * g)  # and one that stays in it is not
+    assert torch.allclose(Hessian(loss, [x], [None]).matvec(v), smooth.matvec(v))
+
+
+def test_a_linear_function_of_ones_own_is_not_refused():
+    class Twice(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: 2 * x)
+        backward = staticmethod(lambda ctx, g: 2 * g)
+
+    x, v = torch.randn(3, requires_grad=True), torch.randn(3)
+    assert Hessian(lambda _: Twice.apply(x).sum(), [x], [None]).matvec(v).equal(torch.zeros(3))
+    assert torch.allclose(Hessian(lambda _: Twice.apply(x).pow(2).sum(), [x], [None]).matvec(v), 8 * v)
+    assert (
+        GaussNewton(lambda _: 2 * x, lambda out, _: Twice.apply(out).sum(), [x], [None]).matvec(v).equal(torch.zeros(3))
+    )
+
+
+@pytest.mark.parametrize("outer", [lambda y: y.sum(), lambda y: y.pow(2).sum()])
 def test_a_function_that_is_once_differentiable_is_refused(outer):
     """Autograd itself says nothing and takes its second derivative for zero."""
 

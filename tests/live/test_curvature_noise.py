@@ -119,6 +119,18 @@ def test_a_note_says_why_there_is_none(tmp_path):
     assert watch.reading.noise is None
 
 
+def test_a_loss_of_one_batch_size_says_that_it_was_given_half(tmp_path):
+    def loss_fn(module, batch):
+        return F.cross_entropy(module(batch[0].view(4, -1)), batch[1])
+
+    for batches, words in ((1, "on half of the batch the loss fails; with batches=2"), (2, None)):
+        watch = watcher(loss_fn=loss_fn, batches=batches)
+        train(CASE, tmp_path / str(batches), watch)
+        said = [note for note in watch.reading.notes if "no noise scale" in note]
+        assert (watch.reading.noise is None) == bool(said) == (words is not None)
+        assert words is None or words in said[0]
+
+
 def test_a_single_sample_has_no_halves():
     from lightning_rmt.live.batches import CapturedBatch
 

@@ -30,18 +30,54 @@ class Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
 
+class RawSquare(torch.autograd.Function):
+    """The same without the mark, and a kernel that writes through a pointer, as Triton's and CUDA's do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        found = torch.empty_like(gradient)
+        with torch.no_grad():
+            torch.mul(2 * ctx.saved_tensors[0], gradient, out=found)
+        return found
+
+
+@torch.library.custom_op("unprobeable::square", mutates_args=())
+def library_square(x: Tensor) -> Tensor:
+    """The same as an operator of a library, whose backward is one without a derivative."""
+    return x * x
+
+
+@torch.library.custom_op("unprobeable::square_backward", mutates_args=())
+def library_square_backward(x: Tensor, gradient: Tensor) -> Tensor:
+    return 2 * x * gradient
+
+
+library_square.register_autograd(
+    lambda ctx, gradient: library_square_backward(ctx.saved_tensors[0], gradient),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
 class OwnKernel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, square: Any = Square.apply, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
+        self.square = square
         self.words = nn.Embedding(10, 8)
-        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.head = nn.Sequential(nn.Linear(8, 8), activation(), nn.Linear(8, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(Square.apply(self.words(x).mean(1)))
+        return self.head(self.square(self.words(x).mean(1)))
 
 
 BAG = Case("EmbeddingBag and ReLU", lambda: Classifier(BagOfWords(nn.ReLU)), tokens)
 KERNEL = Case("own kernel and ReLU", lambda: Classifier(OwnKernel()), tokens)
+RAW = Case("raw kernel and ReLU", lambda: Classifier(OwnKernel(RawSquare.apply)), tokens)
+LIBRARY = Case("a library's kernel and ReLU", lambda: Classifier(OwnKernel(library_square)), tokens)
 REENTRANT = Case("reentrant checkpoint", lambda: gpt2(reentrant=True), text)
 
 
@@ -65,6 +101,8 @@ def monitor(**options: Any) -> SpectrumMonitor:
 UNPROBEABLE = (
     (BAG, r"second derivative of _embedding_bag_backward, and finite differences.*without _embedding_bag.*loss_fn="),
     (KERNEL, r"second derivative of Square .*once_differentiable.*, and finite differences.*without Square.*loss_fn="),
+    (RAW, r"derivative of RawSquare .*leaves autograd.*, and finite differences.*without RawSquare.*loss_fn="),
+    (LIBRARY, r"derivative of unprobeable.square_backward, and finite differences.*without unprobeable.*loss_fn="),
     (REENTRANT, r"reentrant activation checkpoint.*use_reentrant=False"),
 )
 
@@ -97,6 +135,21 @@ def test_what_else_asks_for_second_derivatives(options, tmp_path):
         train(BAG, tmp_path, monitor(on_error="raise", **options))
 
 
+@pytest.mark.parametrize("square", [RawSquare.apply, library_square], ids=["raw kernel", "a library's"])
+def test_smooth_ones_are_probed_by_differences_which_are_right(square, tmp_path):
+    """Taken for exact, the raw kernel's Hessian would lack a term."""
+    found = []
+    for kernel in (square, torch.square):
+        watch = monitor(on_error="raise")
+        case = Case(
+            "kernel", lambda kernel=kernel: Classifier(OwnKernel(kernel, nn.Tanh)), tokens, ignore=("SpectrumMon",)
+        )
+        train(case, tmp_path / str(len(found)), watch)
+        found.append(watch.reading)
+    assert [reading.product for reading in found] == ["finite_difference", "exact"]
+    assert found[0].spectrum.lambda_max.value == pytest.approx(found[1].spectrum.lambda_max.value, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -104,9 +157,17 @@ def test_what_else_asks_for_second_derivatives(options, tmp_path):
         (BAG, {"curvature": "gradient_covariance"}),
         (KERNEL, {"loss_fn": without_kernel}),
         (KERNEL, {"curvature": "gradient_covariance"}),
+        (RAW, {"loss_fn": without_kernel}),
         (Case("checkpoint", lambda: gpt2(reentrant=False), text), {}),
     ],
-    ids=["bag, loss", "bag, covariance", "kernel, loss", "kernel, covariance", "checkpoint that isn't reentrant"],
+    ids=[
+        "bag, loss",
+        "bag, covariance",
+        "kernel, loss",
+        "kernel, covariance",
+        "raw kernel, loss",
+        "checkpoint that isn't reentrant",
+    ],
 )
 def test_the_ways_out_work(case, options, tmp_path):
     watch = monitor(on_error="raise", **options)

@@ -134,6 +134,11 @@ def test_the_name_is_the_prefix(trained):
     assert all(tag.startswith("net/encoder/") for tag in [*scalars(reading), *refusals(reading), *caveats(reading)])
 
 
+def test_a_spectrum_of_zeros_is_said_to_be_one(reading_of):
+    assert "every eigenvalue is zero" in caveats(reading_of(np.zeros(50)))["rmt/lambda_max"]
+    assert "rmt/lambda_max" not in caveats(reading_of(np.linspace(0.0, 1.0, 50)))
+
+
 def test_caveats_name_what_means_less_than_it_says(trained, known, reading_of):
     assert caveats(trained) == {}
     assert "not converged" in caveats(known("four steps"))["rmt/lambda_max"]
