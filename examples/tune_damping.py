@@ -5,7 +5,7 @@ Prints a table and draws it, about a minute on one thread:
     python examples/tune_damping.py [--output tune_damping.png]
 
 Two lines of it are about the controller: they are marked. It doesn't win everywhere: with ``--lr 0.1 --momentum 0.9``
-two seeds of three end at hundreds of times the loss of the best fixed damping (docs/damping.md).
+two seeds of three end at tens of times the loss of the best fixed damping (docs/damping.md).
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_kronecker_diagnostics(namespace, cli, tmp_path, monkeypatch):
 
 CONTROLLER = {
     "target": "lr", "method": "two-part", "every": 2, "init": 0.05, "bounds": [1e-3, 0.2], "rel_bounds": [1e-4, 10.0],
-    "max_change": 1.5, "ema": 0.1, "deadband": [0.9, 1.1], "guard": 1.2, "guard_factor": 2.0, "guard_steps": "every",
+    "max_change": 1.5, "ema": 0.1, "deadband": [0.9, 1.1], "guard": 1.2, "guard_factor": 2.0, "guard_steps": "every", "rewind": 3.0,
     "mode": "control", "search": False,
 }  # fmt: skip
 DAMPING = {
@@ -207,8 +207,8 @@ def test_local_law_damping(namespace, cli, tmp_path, monkeypatch):
 
 @BOTH
 def test_local_law_damping_in_short(namespace, cli, tmp_path, monkeypatch):
-    _, watch = from_yaml(namespace, cli, tmp_path, monkeypatch, mode="control", target="lr")
-    assert (watch.controller.mode, watch.controller.target) == ("control", "lr")
+    _, watch = from_yaml(namespace, cli, tmp_path, monkeypatch, mode="suggest", target="lr")
+    assert (watch.controller.mode, watch.controller.target) == ("suggest", "lr")
     with pytest.raises(SystemExit):
         run(
             namespace, cli, tmp_path, monkeypatch,

@@ -145,7 +145,7 @@ def test_what_tensorboard_shows_with_a_monitor(tmp_path):
     fit([monitor, watch], tmp_path, Module(start=0.1), logger=logger, log_every_n_steps=1)
     found = scalars(tmp_path / "run")
     steps = [step for step, _ in found["rmt/damping_control/heldout_ratio"]]
-    assert {5, 10, 15, 20, 25} <= set(steps)
+    assert {0, 2, 7, 12, 17, 22} <= set(steps)  # between round numbers, which checkpoints are written at
     assert found["rmt/damping"][-1][1] == pytest.approx(watch.controller.damping)
     for tag in ("suggested", "own_ratio", "rejections", "products", "clipped"):
         assert f"rmt/damping_control/{tag}" in found
