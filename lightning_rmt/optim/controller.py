@@ -158,8 +158,8 @@ class DampingController:
 
         Raises:
             TypeError: the target is no number, or ``target`` nothing that can be one; or something in ``state`` is no state.
-            ValueError: the offset isn't below ``every``; the optimizer has no such damping, or nothing that it is for can be trained; or in control its
-                parameters are sharded (FSDP).
+            ValueError: the offset isn't below ``every``; the optimizer has no such damping, or nothing that it is for can be
+                trained; or in control its parameters are sharded (FSDP).
         """
         if not 0 <= offset < self.settings.every:
             raise ValueError(f"offset must be at least 0 and below every={self.settings.every}, got {offset}")

@@ -168,8 +168,8 @@ def test_kronecker_diagnostics(namespace, cli, tmp_path, monkeypatch):
 
 CONTROLLER = {
     "target": "lr", "method": "two-part", "every": 2, "init": 0.05, "bounds": [1e-3, 0.2], "rel_bounds": [1e-4, 10.0],
-    "max_change": 1.5, "ema": 0.1, "deadband": [0.9, 1.1], "guard": 1.2, "guard_factor": 2.0, "guard_steps": "every", "rewind": 3.0,
-    "mode": "control", "search": False,
+    "max_change": 1.5, "ema": 0.1, "deadband": [0.9, 1.1], "guard": 1.2, "guard_factor": 2.0, "guard_steps": "every",
+    "rewind": 3.0, "mode": "control", "search": False,
 }  # fmt: skip
 DAMPING = {
     "controller": {"class_path": "lightning_rmt.DampingController", "init_args": CONTROLLER},
