@@ -196,7 +196,7 @@ def watched_functions(value: Tensor) -> Iterator[Tensor]:
 
 def own_functions(value: Tensor) -> set[str]:
     """Names of the classes of `torch.autograd.Function` in a loss's graph that aren't PyTorch's."""
-    found = {getattr(type(node), "_forward_cls", None) for node in graph_nodes([value])} - {None}
+    found: set[Any] = {getattr(type(node), "_forward_cls", None) for node in graph_nodes([value])} - {None}
     return {function.__name__ for function in found if function.__module__.partition(".")[0] != "torch"}
 
 
