@@ -162,7 +162,7 @@ def _about_functions(found: SecondDerivativeCheck | None) -> tuple[tuple[str, ..
         )
     return (
         f"the Hessian seems to lack a term: a product differs by {found.mismatch:.0%} from differences of the gradient, "
-        f"whose own error is {found.error:.1%}. The loss has functions of your own ({names}): one whose backward uses "
+        f"whose own error is {found.error:.0e}. The loss has functions of your own ({names}): one whose backward uses "
         "something that it saved detached, as fused losses do, has a second derivative that autograd gets wrong. Give a "
         'loss of PyTorch\'s own operations (loss_fn=), or take products by differences (product="finite_difference")',
     ), ()
