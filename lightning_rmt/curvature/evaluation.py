@@ -176,7 +176,8 @@ def watched_functions(value: Tensor) -> Iterator[Tensor]:
     Those marked ``@once_differentiable``: PyTorch puts the error for them off to a node that ``autograd.grad`` with
     ``inputs`` never reaches. And those whose backward hands the gradient to something that autograd doesn't follow (a kernel
     of their own, NumPy, ``no_grad``): a backward is linear in the gradient that arrives, so what it returns depends on
-    whatever that depends on, unless it is zero. Where only what it saved is detached, that isn't seen.
+    whatever that depends on, unless it is zero. Where only what it saved is detached, that isn't seen here but by
+    `check_second_derivatives`.
     """
     one: Tensor | None = None
     with ExitStack() as hooks:
@@ -191,6 +192,12 @@ def watched_functions(value: Tensor) -> Iterator[Tensor]:
                 value, requires_grad=True
             )  # so that no arriving gradient is a constant, as at the loss
         yield value if one is None else value * one
+
+
+def own_functions(value: Tensor) -> set[str]:
+    """Names of the classes of `torch.autograd.Function` in a loss's graph that aren't PyTorch's."""
+    found: set[Any] = {getattr(type(node), "_forward_cls", None) for node in graph_nodes([value])} - {None}
+    return {function.__name__ for function in found if function.__module__.partition(".")[0] != "torch"}
 
 
 def _refuse_lost(name: str, returned: Sequence[Tensor | None], arrived: Sequence[Tensor | None]) -> None:

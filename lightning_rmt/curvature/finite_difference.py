@@ -31,7 +31,7 @@ Scheme = Literal["central", "forward"]
 
 # Gradients of one function in two implementations (fused or composed attention, compiled or eager) agree to 1e-5 in
 # float32. Other dropout masks, which fused and compiled code may draw, change them by 0.1 and more.
-_SAME_FUNCTION = 0.01
+SAME_FUNCTION = 0.01
 _ANOTHER_FUNCTION = "kernels with a second derivative compute another function (other dropout masks, say)"
 
 # Largest error of 60 products of a Lanczos run over lambda_max and over the error that was measured on its first
@@ -216,7 +216,7 @@ class FiniteDifferenceHessian(CurvatureOperator):
             self._random.replay(),
             Hessian(self._loss, named, self._batches, keep_graphs=keep, memory_limit=limit) as exact,
         ):
-            if not difference(exact.gradient, self.gradient) <= _SAME_FUNCTION:
+            if not difference(exact.gradient, self.gradient) <= SAME_FUNCTION:
                 return None
             return self._errors(exact.matvec, "double backward", step, tolerance)
 
@@ -237,6 +237,22 @@ class FiniteDifferenceHessian(CurvatureOperator):
     def _first_step(self, scheme: Scheme) -> float:
         eps = torch.finfo(self.dtype).eps
         return self._scale * (eps ** (1 / 3) if scheme == "central" else eps**0.5 / 4)
+
+    @property
+    def first_step(self) -> float:
+        """The longest step that is tried: at which rounding and truncation errors of a usual loss are equal."""
+        return self._first_step(self.scheme)
+
+    def slope(self, v: Tensor, h: float) -> float:
+        """``|v| (L(theta + h v/|v|) - L(theta - h v/|v|)) / (2 h)``, which is ``g'v``. Waits for the device."""
+        assert self._loss is not None
+        norm = torch.linalg.vector_norm(v, dtype=torch.float64)
+        total = 0.0
+        for sign in (1.0, -1.0):
+            with differentiable(twice=False), self._displaced(v, sign * h / norm), self._random.replay():
+                for index, (weight, batch) in enumerate(zip(self._weights, self._batches, strict=True)):
+                    total += sign * weight * float(evaluate(self._loss, (batch,), index).loss.detach())
+        return total * float(norm) / (2 * h * sum(self._weights))
 
     def _matmat(self, V: Tensor) -> Tensor:
         if self.scheme == "forward" and self._current_versions() != self._versions:

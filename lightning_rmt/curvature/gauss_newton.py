@@ -109,8 +109,8 @@ class GaussNewton(CurvatureOperator):
             raise ValueError(f"the loss of batch {index} does not depend on the outputs")
 
         # A scalar whose gradient is J'w: its gradient by the parameters is the pullback, and at w = loss
-        # gradient it is the loss's own gradient.
-        cotangents = [torch.zeros_like(item, requires_grad=True) for item in live]
+        # gradient it is the loss's own gradient. Ones, since a backward that leaves autograd isn't seen at w = 0.
+        cotangents = [torch.ones_like(item, requires_grad=True) for item in live]
         pairing = sum((item * w).sum() for item, w in zip(live, cotangents, strict=True))
         assert isinstance(pairing, Tensor)
         pullback = differentiate(pairing, self.block, index, create_graph=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from lightning_rmt.curvature.evaluation import (
     differentiable,
     differentiate,
     evaluate,
+    own_functions,
 )
 from lightning_rmt.curvature.graph_memory import SECOND_ORDER_GROWTH, WORKING_GROWTH, graph_bytes
 from lightning_rmt.curvature.operator import CurvatureOperator
@@ -43,8 +44,9 @@ class Hessian(CurvatureOperator):
     version counters are never touched. The loss runs once per batch, and may change buffers and draw random
     numbers as it would in training.
 
-    An ``autograd.Function`` whose backward leaves autograd (through NumPy, ``.data`` or ``detach``) has a second
-    derivative that autograd takes for zero, and no error says so; `FiniteDifferenceHessian` sees it.
+    An ``autograd.Function`` whose backward leaves autograd (a kernel of its own, NumPy) is refused. One that multiplies
+    the gradient with something it saved detached is taken as autograd takes it, for a constant, so that a term is missing
+    and no error says so: `check_second_derivatives` sees it, by finite differences.
 
     Args:
         loss: ``loss(batch)`` returns the mean over the batch as a scalar, or ``(mean, weight)``.
@@ -68,6 +70,9 @@ class Hessian(CurvatureOperator):
         SecondDerivativeError: from the constructor or from a product, where an operation has no second
             derivative.
 
+    Attributes:
+        functions: names of the classes of `torch.autograd.Function` in the loss's graph, without PyTorch's own.
+
     Example:
         A quadratic ``x'Ax/2`` has the Hessian A.
 
@@ -79,6 +84,8 @@ class Hessian(CurvatureOperator):
         tensor([[2., 1.],
                 [1., 3.]])
     """
+
+    functions: tuple[str, ...]
 
     def __init__(
         self,
@@ -98,14 +105,16 @@ class Hessian(CurvatureOperator):
         self._graphs: list[_GradientGraph] = []
         self._rerun = None if keep_graphs else (loss, listed)
         with differentiable():
-            mean = Mean(self.block)
+            mean, functions = Mean(self.block), set[str]()
             for index, batch in enumerate(listed):
                 evaluation, gradients = self._evaluate(loss, batch, index)
                 mean.add(evaluation, gradients)
+                functions.update(own_functions(evaluation.loss))
                 if keep_graphs:
                     self._graphs.append(_graph(gradients))
                 del evaluation, gradients  # before the next batch needs the memory
             self._describe(mean)
+        self.functions = tuple(sorted(functions))
         self._memory_limit = None  # what fitted once isn't weighed again in every product
         self._fractions = mean.fractions
         self._within: frozenset[int] | None = None
@@ -118,6 +127,10 @@ class Hessian(CurvatureOperator):
             if needed > self._memory_limit:
                 raise GraphTooLargeError(needed, self._memory_limit)
         return evaluation, differentiate(evaluation.loss, self.block, index, create_graph=True)
+
+    def replay(self) -> AbstractContextManager[None]:
+        """Inside, the random number generators start where they did for this operator's graphs."""
+        return self._random.replay()
 
     def graph_bytes(self) -> int:
         """Memory of the graphs that are kept now."""

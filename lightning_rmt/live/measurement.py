@@ -158,6 +158,7 @@ def measure_live(
                     mixed_precision=mixed,
                     product=learned.product,
                     memory=memory,
+                    check=check,
                     agree=ranks.agree,
                 )
                 if whole

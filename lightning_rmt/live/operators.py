@@ -17,6 +17,7 @@ from lightning_rmt.curvature.gradient_covariance import GradientCovariance
 from lightning_rmt.curvature.operator import CurvatureOperator
 from lightning_rmt.curvature.parameters import hooked_parameters, select_parameters
 from lightning_rmt.curvature.scaled import Scaled
+from lightning_rmt.curvature.second_derivatives import SecondDerivativeCheck, check_second_derivatives
 from lightning_rmt.krylov.lanczos import rounding_noise, start_vector
 from lightning_rmt.live.batches import CapturedBatch, copy_batch
 from lightning_rmt.live.loss import curvature_loss
@@ -67,6 +68,7 @@ def build_operator(
     mixed_precision: bool,
     product: Product,
     memory: Memory,
+    check: bool = False,
     agree: Callable[[int], int] = int,
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     """The operator on this rank's batches, what to warn of about it, and sentences to keep with what it shows.
@@ -80,6 +82,7 @@ def build_operator(
             an operation has no second derivative; ``"finite_difference"`` takes forward differences, whose error is
             measured.
         memory: what the graphs of exact products of the Hessian may take; it learns what they took.
+        check: whether to compare the second derivatives of functions of the user's with finite differences.
         agree: as for `fitting_hessian`.
 
     Raises:
@@ -87,7 +90,7 @@ def build_operator(
         ValueError: the loss or the parameters are unusable.
     """
     chosen = select_parameters(module.named_parameters(), settings.parameters)
-    operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory, agree)
+    operator, fallback, notes = _operator(module, chosen, captured, settings, product, memory, check, agree)
     if mixed_precision:  # the parameters' dtype doesn't tell
         operator.noise = max(operator.noise, rounding_noise(torch.bfloat16))
     if settings.scale is not None:
@@ -102,6 +105,7 @@ def _operator(
     settings: ProbeSettings,
     product: Product,
     memory: Memory,
+    check: bool,
     agree: Callable[[int], int],
 ) -> tuple[CurvatureOperator, tuple[str, ...], tuple[str, ...]]:
     if settings.curvature == "ggn":
@@ -135,11 +139,33 @@ def _operator(
         except CurvatureError as refused:  # whose advice is to use the Hessian, which is what failed
             raise CurvatureError(
                 f"{why}, and finite differences of gradients don't agree with each other either (a loss with kinks, such as "
-                f"ReLU's, or with noise). Give a loss without {error.operation} (loss_fn=), or measure what first "
-                'derivatives are enough for (curvature="gradient_covariance")'
+                f"ReLU's, or with noise). Give a loss without {error.operation.split(' (')[0]} (loss_fn=), or measure what "
+                'first derivatives are enough for (curvature="gradient_covariance")'
             ) from refused
         return operator, (note,), ()
-    return hessian, (), (f"memory is short: {fitted}",) if fitted else ()
+    notes = (f"memory is short: {fitted}",) if fitted else ()
+    if not check:
+        return hessian, (), notes
+    doubts, unseen = _about_functions(check_second_derivatives(hessian, loss, captured, agree))
+    return hessian, doubts, (*notes, *unseen)
+
+
+def _about_functions(found: SecondDerivativeCheck | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to warn of and what to note about the second derivatives of the user's own functions."""
+    if found is None or not (found.missing or found.doubt):
+        return (), ()
+    names = listed(found.functions) or "one that another rank's loss has"
+    if not found.missing:
+        return (), (
+            f"whether autograd's second derivative of the loss's own functions ({names}) is right could not be seen"
+            f"{': ' if not found.doubt.startswith('only') else ', '}{found.doubt}",
+        )
+    return (
+        f"the Hessian seems to lack a term: a product differs by {found.mismatch:.0%} from differences of the gradient, "
+        f"whose own error is {found.error:.0e}. The loss has functions of your own ({names}): one whose backward uses "
+        "something that it saved detached, as fused losses do, has a second derivative that autograd gets wrong. Give a "
+        'loss of PyTorch\'s own operations (loss_fn=), or take products by differences (product="finite_difference")',
+    ), ()
 
 
 def _forward_differences(
