@@ -145,7 +145,7 @@ def test_copies_buffers_but_no_trained_parameter_and_takes_little_time():
         with fence(None, net, seed=0):
             pass
         seconds.append(time.process_time() - begin)
-    assert min(seconds) < 4e-3
+    assert min(seconds) < 2e-2
 
 
 def _block(a: int, b: int) -> nn.Sequential:
