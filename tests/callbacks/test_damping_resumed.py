@@ -34,7 +34,7 @@ class Resumable(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.task = Task("autoencoder", 0)
-        self.model = self.task.model
+        self.model = self.task.model.double()  # in single precision rounding decides which steps are undone
         self.dampings = {}
 
     def training_step(self, batch, batch_idx):
@@ -92,7 +92,7 @@ def trained(directory, resume=None):
         max_epochs=2, accelerator="cpu", logger=False, callbacks=[watch, saving], default_root_dir=directory,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, Loader(module.task.x), ckpt_path=resume)
+    trainer.fit(module, Loader(module.task.x.double()), ckpt_path=resume)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     return weights, module.dampings, watch
 
@@ -107,8 +107,19 @@ def whole(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore:.*weights_only.*", "ignore:The dirpath has changed.*")
 def test_the_resumed_run_is_the_uninterrupted_one(step, whole, tmp_path):
     directory, (weights, dampings, watch) = whole
+    assert len({damping for at, damping in dampings.items() if at > step}) > 1  # it is controlled after that too
     resumed, went_on, again = trained(tmp_path, directory / f"step={step}.ckpt")
     assert list(went_on) == list(range(step + 1, 2 * BATCHES + 1))
     assert went_on == {at: dampings[at] for at in went_on}
     assert torch.equal(resumed, weights)
     assert again.controller.state_dict() == watch.controller.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*weights_only.*", "ignore:The dirpath has changed.*")
+def test_a_step_that_would_be_judged_by_the_batch_before_the_break_is_not(whole, tmp_path):
+    """That batch is in no checkpoint: the damping stays what it is until the next measurement."""
+    directory, (_, dampings, _) = whole
+    assert dampings[11] != dampings[10]
+    _, went_on, _ = trained(tmp_path, directory / "step=10.ckpt")
+    assert {went_on[at] for at in range(11, 15)} == {dampings[10]}
+    assert went_on[15] != dampings[10]

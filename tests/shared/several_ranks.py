@@ -23,13 +23,15 @@ def on_two_ranks(function: Callable[..., Any], directory: Path, *arguments: Any)
     return on_ranks(RANKS, function, directory, *arguments)
 
 
-def on_ranks(ranks: int, function: Callable[..., Any], directory: Path, *arguments: Any) -> list[Any]:
+def on_ranks(
+    ranks: int, function: Callable[..., Any], directory: Path, *arguments: Any, fresh: bool = False
+) -> list[Any]:
     """`function(*arguments)` on so many ranks; Lightning takes the environment for torchrun's.
 
     Forked, not spawned: half a second instead of ten, and the function need not be importable. A rank that raises ends
-    the other one, and its traceback is raised here.
+    the other one, and its traceback is raised here. ``fresh`` spawns them, with nothing of what other tests have left.
     """
-    context = _start(ranks, function, directory, arguments)
+    context = _start(ranks, function, directory, arguments, "spawn" if fresh else "fork")
     while not context.join(JOIN_SECONDS):
         pass
     return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(ranks)]
@@ -51,14 +53,16 @@ def on_one_survivor(
     return pickle.loads(result.read_bytes())
 
 
-def _start(ranks: int, function: Callable[..., Any], directory: Path, arguments: tuple[Any, ...]) -> Any:
+def _start(
+    ranks: int, function: Callable[..., Any], directory: Path, arguments: tuple[Any, ...], method: str = "fork"
+) -> Any:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     for rank in range(ranks):
         _result(directory, rank).unlink(missing_ok=True)
     context = mp.start_processes(
-        _child, (ranks, port, directory, function, arguments), nprocs=ranks, join=False, start_method="fork"
+        _child, (ranks, port, directory, function, arguments), nprocs=ranks, join=False, start_method=method
     )
     assert context is not None
     return context
