@@ -117,7 +117,8 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         self._batches = StepBatches()
         self._pending: DampingReport | None = None
         self._reading: Reading | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._depth = 0  # of steps in steps
         self._ranks = Ranks()
         self._norm: float | None = None
         self._clipped: bool | None = None
@@ -174,10 +175,14 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"LocalLawDamping: {error}") from error
         # after the update itself, which a gradient scaler may skip
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer, pl_module, optimizer))
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
+            optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module, optimizer)),
+        ]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Copies the batch where this step or the next one is looked at: the training step may change it."""
+        self._depth = 0
         if not self._off and (self.controller.due or self.controller.due_next or self.controller.guards):
             try:
                 self._batches.add(batch, batch_idx)
@@ -186,7 +191,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Remembers where the step starts; closures have been called by now, and gradients aren't clipped yet."""
-        if self._off or self._hook is None or self.controller.busy or optimizer is not self.controller.optimizer:
+        if self._off or not self._hooks or self.controller.busy or optimizer is not self.controller.optimizer:
             return
         self._norm = gradient_norm(optimizer) if self.controller.due and clips(trainer, pl_module) else None
         self._looks = self.controller.looks
@@ -227,6 +232,15 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
             self._reports = DampingReports(self.name, state_dict["said"])
 
     # --- around the optimizer's step ----------------------------------------------------------------------------------
+
+    def _enter_step(self) -> None:
+        self._depth += 1
+
+    def _leave_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        """PyTorch calls the hooks around a parent class's step in a step as well: only the outermost one is judged."""
+        self._depth -= 1
+        if self._depth == 0:
+            self._after_step(trainer, module, optimizer)
 
     def _after_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if self._off or self.controller.busy:
@@ -300,9 +314,9 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
         return mixed_seed(self.seed, current_step(trainer), self._ranks.rank)
 
     def _let_go(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._batches.forget()
         self._pending = self._reading = self._failure = None
         self.controller.detach()

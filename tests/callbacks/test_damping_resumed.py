@@ -16,25 +16,13 @@ from lightning_rmt import DampingController, LocalLawDamping
 BATCHES = 12
 
 
-class Kronecker(KroneckerSGD):
-    """With the closure that Lightning passes."""
-
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        super().step()
-        return loss
-
-
 class Resumable(pl.LightningModule):
     """Everything that the training depends on is in the checkpoint, the generator of the K-FAC's targets too."""
 
     def __init__(self):
         super().__init__()
         self.task = Task("autoencoder", 0)
-        self.model = self.task.model.double()  # in single precision rounding decides which steps are undone
+        self.model = self.task.model
         self.dampings = {}
 
     def training_step(self, batch, batch_idx):
@@ -48,7 +36,7 @@ class Resumable(pl.LightningModule):
         return F.mse_loss(self.model(batch), batch)
 
     def configure_optimizers(self):
-        return Kronecker(self.model, 0.3, 1.0)
+        return KroneckerSGD(self.model, 0.3, 1.0)
 
     def on_train_batch_end(self, *_):
         self.dampings[self.trainer.global_step] = self.trainer.optimizers[0].param_groups[0]["damping"]
@@ -92,7 +80,7 @@ def trained(directory, resume=None):
         max_epochs=2, accelerator="cpu", logger=False, callbacks=[watch, saving], default_root_dir=directory,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module, Loader(module.task.x.double()), ckpt_path=resume)
+    trainer.fit(module, Loader(module.task.x), ckpt_path=resume)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     return weights, module.dampings, watch
 

@@ -57,6 +57,8 @@ class KroneckerSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         group = self.param_groups[0]
         for layer in self.layers:
             entry = self.state[layer.weight]
@@ -70,6 +72,7 @@ class KroneckerSGD(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.mul_(group["momentum"]).add_(part)
                 p.sub_(group["lr"] * momentum)
+        return loss
 
 
 #: Steps and learning rate of each task; the widths of its layers.
