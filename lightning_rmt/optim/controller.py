@@ -334,6 +334,8 @@ class DampingController:
         taken, self._taken = self._taken, None
         report = None
         if taken is not None:
+            if self._knob.controls and self._outside is not None:
+                self._outside.warn_of_hidden()  # many make it in their first step
             self._busy = True
             try:
                 questions = Questions(loss, held_out, before, retake, clipped)

@@ -167,14 +167,14 @@ def _search_by_retaking(knob: Knob, look: Look, asked: Questions, retake: Callab
             tried.insert(0, (state.damping, _ratio(knob, look, asked)))
         _retake(knob, look, retake, top)
     state.first_products = 0
-    if all(-1 <= ratio.value <= 0 for _, ratio in tried):
-        raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
     (first, one), *others = tried
     if len(others) > 1 and all(same_direction(one, other) for _, other in others):
         raise NoCalibrationError(
             f"the step is the same with a damping of {first:.3g} and {others[-1][0]:.3g}: the optimizer doesn't use this "
             "number, or only every so many steps"
         )
+    if all(-1 <= ratio.value <= 0 for _, ratio in tried):
+        raise NoCalibrationError("the curvature along the step is negative with any damping: there is nothing to go by")
     state.settled = state.started = True
     return tried[-1][1], state.damping
 

@@ -39,6 +39,7 @@ class OutsideState:
         self._sources = [_pair(source) for source in sources]
         if _own_part(self._optimizer):
             self._sources.append((lambda: _own_part(self._optimizer), self._load_own_part))
+        self._warned = False
 
     def keep(self) -> Callable[[], None]:
         """Copies it.
@@ -64,7 +65,9 @@ class OutsideState:
             restore()
 
     def warn_of_hidden(self) -> None:
-        """Warns where the optimizer's attributes hold tensors which nobody told us of: they can't be put back."""
+        """Warns once where the optimizer's attributes hold tensors which nobody told us of: they can't be put back."""
+        if self._warned:
+            return
         known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         known |= {id(tensor) for get, _ in self._sources for tensor in _tensors(get(), DEPTH)}
         usual = vars(Optimizer([nn.Parameter(torch.zeros(1))], {}))
@@ -74,12 +77,13 @@ class OutsideState:
             if name not in usual and any(id(tensor) not in known for tensor in _tensors(value, DEPTH))
         ]
         if hidden:
+            self._warned = True
             warnings.warn(
                 f"{type(self._optimizer).__name__} keeps tensors in {', '.join(hidden)} and not in its state_dict: a step "
                 "that is undone, or taken again with another damping, leaves them changed. Pass attach(optimizer, "
                 "state=[(get, set)]) with functions that read and set them, or an object that has a state_dict",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _load_own_part(self, part: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ give defaults for the Trainer's arguments; nothing is replaced.
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def begin(namespace: dict[str, Any]) -> None:
 def begin_damping(namespace: dict[str, Any]) -> None:
     """For docs/damping.md, which begins in the middle of a training loop and goes on with pairs of batches."""
     begin(namespace)
+    os.environ.setdefault("DDE_BACKEND", "pytorch")
     batches, net = namespace["batches"], nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
     def loss(batch: Any) -> torch.Tensor:
