@@ -63,34 +63,86 @@ def test_other_coordinates_have_the_same_dampings(turn):
     assert len(set(seen[0])) > 1
 
 
+class FewSamples:
+    """Two batches whose curvature is the covariance of n samples each; the gradient is exact."""
+
+    def __init__(self, n, kind, seed):
+        draws = np.random.default_rng(seed)
+        power = 10 / np.arange(1, n + 1)
+        A = power if kind == "power" else np.r_[draws.uniform(0.05, 0.6, n - 5), 2, 4, 8, 12, 20]
+        X = draws.standard_normal((2, n, n)) * np.sqrt(A)
+        self.own, self.other = torch.tensor(X.transpose(0, 2, 1) @ X / n)
+        self.start, self.A = torch.tensor(draws.standard_normal(n) / np.sqrt(A)), torch.tensor(A)
+        self.g = self.A * self.start
+        self.x = nn.Parameter(self.start.clone())
+        self.values, self.vectors = torch.linalg.eigh(self.own)
+        self.dampings = np.geomspace(1e-5, 1e2, 71) * float(self.values.max())
+
+    def batch(self, H):
+        def loss():
+            moved = self.x - self.start
+            return 0.5 * moved @ H @ moved + self.g @ moved
+
+        return loss
+
+    def step(self, damping):
+        return self.vectors @ ((self.vectors.T @ self.g) / (self.values + damping))
+
+    def loss(self, x):
+        return float(self.A @ x**2)
+
+    def best(self):
+        """With the best damping and the best length of the step, by the loss itself."""
+        losses = []
+        for damping in self.dampings:
+            step = self.step(damping)
+            losses.append(self.loss(self.start - step * (step @ self.g) / (step @ (self.A * step))))
+        return min(losses)
+
+
+class ExactNewton(torch.optim.Optimizer):
+    """Takes the problem's own step."""
+
+    def __init__(self, problem, damping):
+        super().__init__([problem.x], {"damping": damping, "lr": 1.0})
+        self.problem = problem
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.problem.x.sub_(self.problem.step(self.param_groups[0]["damping"]))
+
+
+@pytest.mark.parametrize("kind", ["power", "spikes"])
+def test_held_out_curvature_finds_the_best_damping_and_length_of_a_step(kind):
+    """T3, its held-out half: within 5 % of the best; measured .1 to 1.6 %. By the ratio, and no truth."""
+    for seed in (0, 1):
+        problem = FewSamples(1000, kind, seed)
+        found = []
+        for damping in problem.dampings[::2]:
+            with torch.no_grad():
+                problem.x.copy_(problem.start)
+            optimizer = ExactNewton(problem, damping)
+            optimizer.zero_grad()
+            problem.batch(problem.own)().backward()
+            control = DampingController().attach(optimizer)
+            ratio = control.step(problem.batch(problem.own), problem.batch(problem.other)).ratio
+            step = problem.step(damping)
+            found.append((float(step @ problem.g) / ratio, problem.loss(problem.start - step / ratio)))
+        assert max(found)[1] < 1.05 * problem.best()
+
+
 def one_step_of_few_samples(n, kind, seed, control):
-    """A Newton step with the covariance of n samples, the gradient being exact, and the best such step; both by the loss."""
-    draws = np.random.default_rng(seed)
-    power = 10 / np.arange(1, n + 1)
-    A = power if kind == "power" else np.r_[draws.uniform(0.05, 0.6, n - 5), 2, 4, 8, 12, 20]
-    X = draws.standard_normal((2, n, n)) * np.sqrt(A)
-    own, other = torch.tensor(X.transpose(0, 2, 1) @ X / n)
-    e, A = torch.tensor(draws.standard_normal(n) / np.sqrt(A)), torch.tensor(A)
-    g = A * e
-    x = nn.Parameter(e.clone())
-
-    def batch(H):
-        return lambda: 0.5 * (x - e) @ H @ (x - e) + g @ (x - e)
-
-    optimizer = DampedNewton([x])
-    optimizer.loss = batch(own)
+    """The loss after a Newton step, as a share of the best."""
+    problem = FewSamples(n, kind, seed)
+    optimizer = DampedNewton([problem.x])
+    optimizer.loss = problem.batch(problem.own)
     optimizer.loss().backward()
-    control.attach(optimizer).step(batch(own), batch(other))
-    values, vectors = torch.linalg.eigh(own)
-    losses = []
-    for damping in np.geomspace(1e-5, 1e2, 71) * float(values.max()):
-        step = vectors @ ((vectors.T @ g) / (values + damping))
-        losses.append(float(A @ (e - step * (step @ g) / (step @ (A * step))) ** 2))
-    return float(A @ x.detach() ** 2) / min(losses)
+    control.attach(optimizer).step(problem.batch(problem.own), problem.batch(problem.other))
+    return problem.loss(problem.x.detach()) / problem.best()
 
 
 def test_a_step_with_the_curvature_of_few_samples():
-    """T3, its held-out half: here one step of length one, by the larger of two curvatures; measured 1.17, at most 1.8."""
+    """A damping alone, for a step of length one, by the larger of two curvatures: measured 1.17 and at most 1.8."""
     cases = [(60, kind, seed) for kind in ("power", "spikes") for seed in range(4)]
     found = [one_step_of_few_samples(*case, controller(guard=None)) for case in cases]
     assert math.exp(np.mean(np.log(found))) < 1.25
