@@ -1,4 +1,4 @@
-"""A K-FAC whose damping is controlled, resumed in the middle of an epoch: bit for bit what it is without a break."""
+"""T9: a K-FAC whose damping is controlled, resumed in the middle of an epoch: bit for bit what it is without a break."""
 
 from __future__ import annotations
 

@@ -113,6 +113,7 @@ def live_tensors():
 
 @pytest.mark.parametrize("method", ["heldout", "two-part"])
 def test_200_probes_leave_no_tensors_behind(method):
+    """T11."""
     problem = NoisyQuadratic(n=10)
     control = DampingController(mode="control", method=method, every=1, guard_steps="every").attach(problem.optimizer)
     problem.run(control, 5)

@@ -63,6 +63,7 @@ def on_rank(poisoned=None, kind="error"):
 
 
 def test_ranks_decide_as_one(tmp_path):
+    """T9: and as one process does on the joined batch."""
     (first, p), (second, q) = on_two_ranks(on_rank, tmp_path)
     alone, r = run(slice(None))
     assert first == second

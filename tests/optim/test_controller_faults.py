@@ -27,6 +27,7 @@ def everything(problem):
 
 @pytest.mark.parametrize("start", [1e-6, 1e-2, 1.0])
 def test_it_leaves_a_saddle(start):
+    """T10."""
     p = nn.Parameter(torch.tensor([1.0, 1e-3], dtype=torch.float64))
     optimizer = DampedNewton([p], damping=start)
 
@@ -97,6 +98,7 @@ def test_negative_curvature_never_shrinks_the_damping_by_more_than_max_change():
 @pytest.mark.parametrize("poisoned", ["all", "loss only"])
 @pytest.mark.parametrize("step", [0, 1, 10])
 def test_a_nan_batch_leaves_no_trace_but_a_higher_damping(step, poisoned):
+    """T10."""
     problem = NoisyQuadratic(momentum=0.9)
     control = controller(guard_steps="every").attach(problem.optimizer)
     problem.run(control, step)
@@ -162,6 +164,7 @@ def test_without_a_guard_nothing_is_undone():
 
 
 def test_a_scheduler_wins_with_one_warning():
+    """T12."""
     problem = NoisyQuadratic()
     control = controller(every=1).attach(problem.optimizer)
     problem.run(control, 2)

@@ -1,4 +1,4 @@
-"""A Kronecker-factored optimizer from dampings that are decades apart: the controller makes all runs one.
+"""T5: a Kronecker-factored optimizer from dampings that are decades apart; the controller makes all runs one.
 
 What no start has a say in can't be told apart by it: after the first step the runs are the same bit for bit, so the spread
 over seven starts is exactly 1. How good that one run is, is measured against the best fixed damping of a grid of one value

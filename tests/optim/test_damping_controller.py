@@ -315,6 +315,7 @@ def test_a_suggestion_is_made_once():
 
 @pytest.mark.parametrize("loaded_first", [True, False])
 def test_a_resumed_run_is_the_same_run(loaded_first):
+    """T9, without a Trainer."""
     def make():
         problem = NoisyQuadratic(noise=1.0, momentum=0.5)
         return problem, controller(guard_steps="every", guard=1.05)
@@ -427,6 +428,7 @@ def test_groups_keep_their_ratios():
 
 
 def test_functions_and_callers_are_targets():
+    """T12: a library that calls for its damping (kfac-pytorch takes a function of the step)."""
     problem = NoisyQuadratic(damping=1e-5)
     group = problem.optimizer.param_groups[0]
     control = controller(target=(lambda: group["damping"], lambda value: group.update(damping=value)))
