@@ -316,6 +316,7 @@ def test_a_suggestion_is_made_once():
 @pytest.mark.parametrize("loaded_first", [True, False])
 def test_a_resumed_run_is_the_same_run(loaded_first):
     """T9, without a Trainer."""
+
     def make():
         problem = NoisyQuadratic(noise=1.0, momentum=0.5)
         return problem, controller(guard_steps="every", guard=1.05)

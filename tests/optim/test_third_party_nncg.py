@@ -1,4 +1,4 @@
-"""T12: DeepXDE's NysNewton-CG, a damped Newton step by conjugate gradients, from a closure, with a line search of its own."""
+"""T12: DeepXDE's NysNewton-CG, a damped Newton step by conjugate gradients, taken from a closure."""
 
 from __future__ import annotations
 
