@@ -16,7 +16,8 @@ from lightning_rmt.callbacks.arguments import (
     refuse_bad_metric,
     refuse_bad_values,
 )
-from lightning_rmt.krylov.collectives import LostRankError, OtherRankFailedError
+from lightning_rmt.callbacks.failures import Failures
+from lightning_rmt.krylov.collectives import LostRankError
 from lightning_rmt.live.batch_law import Turns, refuse_no_batch_law
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
@@ -27,13 +28,12 @@ from lightning_rmt.live.namespaces import MisconfigurationException, callback_ba
 from lightning_rmt.live.operators import refuse_missing_outputs, refuse_unmatched_parameters
 from lightning_rmt.live.optimizer_metric import NotSteppedError, refuse_no_metric
 from lightning_rmt.live.ranks import Ranks, refuse_differences
+from lightning_rmt.live.reading import reading_of
 from lightning_rmt.live.schedule import Decision, Schedule, Speed
 from lightning_rmt.live.settings import Learned, LightEnds, ProbeSettings
 from lightning_rmt.live.strategies import refuse_untested_sharding, refuse_untested_strategy, under_join
 from lightning_rmt.live.training import (
     current_step,
-    dataset_size,
-    learning_rate,
     log_directory,
     on_last_batch_of_fast_dev_run,
     seconds_left,
@@ -43,10 +43,8 @@ from lightning_rmt.reading import Reading
 from lightning_rmt.report.files import save_reading
 from lightning_rmt.report.history import HistoryEntry
 from lightning_rmt.report.loggers import LoggerReport
-from lightning_rmt.report.once import Once
 from lightning_rmt.report.scalars import TOP
 
-FAILURES_IN_A_ROW = 3
 STATE_VERSION = 2
 REFUSED = "the SpectrumMonitor is refused on {}"
 
@@ -205,12 +203,10 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._learned: Learned | None = None
         self._turns = Turns(batch_law_every)
         self._memory = Memory()
-        self._failures = 0
-        self._off = False
+        self._failures = Failures(name, on_error)
         self._clock: float | None = None
         self._total_steps = math.inf
         self._capture_error: Exception | None = None
-        self._once = Once()
 
     @property
     def state_key(self) -> str:
@@ -250,7 +246,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         arguments |= {"on_error": self.on_error, "batch_law_every": self.batch_law_every}
         refuse_differences(ranks, arguments, "build it with the same arguments on every rank")
         ranks.together(lambda: self._refuse_unusable(trainer, pl_module), elsewhere=REFUSED)
-        self._off = bool(trainer.barebones)
+        self._failures.off = bool(trainer.barebones)
 
     def _refuse_unusable(self, trainer: Any, pl_module: Any) -> None:
         if self.curvature == "ggn":
@@ -273,7 +269,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             self._start_afresh()
         ranks = Ranks.of(trainer)
         state = {"step": current_step(trainer), **self._schedule.agreed}
-        state |= {"first probe": not self._checked, "failures": self._failures, "rest": self._off}
+        state |= {"first probe": not self._checked, "failures": self._failures.in_a_row, "rest": self._failures.off}
         refuse_differences(ranks, state, "resume every rank from the same checkpoint")
         ranks.together(lambda: self._refuse_unfitting(trainer, pl_module), elsewhere=REFUSED)
         self._total_steps = total_steps(trainer)
@@ -308,7 +304,8 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         if self._idle(trainer) or trainer.fit_loop._should_accumulate():
             return
         if under_join(trainer):
-            self._refuse_join(trainer)
+            self._collector.take()
+            self._failures.under_join(trainer)
             return
         step = current_step(trainer)
         now = time.perf_counter()
@@ -324,20 +321,6 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             following = self._schedule.decide(step, self._total_steps, seconds_left(trainer))
             self._schedule.set_next(step, Decision(*Ranks.of(trainer).from_first(following)))
         self._clock = time.perf_counter()
-
-    def _refuse_join(self, trainer: Any) -> None:
-        """Turns the monitor off, without a word to other ranks: some may have run out of batches."""
-        self._off = True
-        self._collector.take()
-        words = (
-            f"SpectrumMonitor {self.name!r} is off: this training is in torch's Join context, where a rank that has run out "
-            "of batches answers DDP's collectives only, not those of a probe. Give every rank as many batches "
-            "(a DistributedSampler does) to watch it"
-        )
-        if self.on_error == "raise":
-            raise MisconfigurationException(words)
-        if trainer.is_global_zero:
-            warnings.warn(words, stacklevel=3)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draws the last reading's figures."""
@@ -361,7 +344,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             "report": self._report.state_dict(),
             "history": [entry.to_dict() for entry in self.history],
             "checked": self._checked,
-            "failures": self._failures,
+            "failures": self._failures.in_a_row,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -380,9 +363,12 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             stacklevel=2,
         )
 
-    def _let_go(self) -> None:
+    def _forget_batches(self) -> None:
         self._collector.take()
         self._capture_error = None
+
+    def _let_go(self) -> None:
+        self._forget_batches()
         for name in ("log", "log_dict"):  # Lightning binds the module's own to every callback, anew for every run
             self.__dict__.pop(name, None)
 
@@ -391,74 +377,56 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._report.load_state_dict(state_dict["report"])
         self.history = [HistoryEntry.from_dict(entry) for entry in state_dict["history"]]
         self._checked = bool(state_dict["checked"])
-        self._failures = int(state_dict["failures"])
+        self._failures.in_a_row = int(state_dict["failures"])
 
     def _idle(self, trainer: Any) -> bool:
         """Whether this batch is no business of the monitor's."""
         averaging_epoch = trainer.fit_loop._skip_backward  # SWA's last epoch, which only updates batch statistics
         probed_enough = bool(trainer.fast_dev_run) and self.reading is not None
-        return self._off or averaging_epoch or probed_enough
+        return self._failures.off or averaging_epoch or probed_enough
 
     def _take(self, trainer: Any, pl_module: Any, step: int, speed: Speed) -> float | None:
         """Takes a reading and writes it; returns its seconds, None if it failed."""
-        begin = time.perf_counter()
+        begin, settings = time.perf_counter(), self._settings
         try:
             probed = measure_live(
                 trainer,
                 pl_module,
                 self._captured,
                 step,
-                self._settings,
+                settings,
                 check=not self._checked,
                 light=self._light_ends if speed == "light" else None,
                 learned=self._learned,
                 memory=self._memory,
             )
         except NotSteppedError as reason:  # no failure either, even with on_error="raise"
-            self._skip(trainer, str(reason))
+            self._forget_batches()
+            self._failures.too_early(trainer, str(reason))
             return None
         except LostRankError:  # no failure of the probe's: the training can't go on either
             raise
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self._probe_failed(trainer, error)
+            self._learned = None
+            self._failures.probe_failed(trainer, error, self._memory.shrink(error))
             return None
         if not self._checked and trainer.is_global_zero:
             for sentence in probed.warnings:  # about the module, so once is enough; the loggers get them as text
                 warnings.warn(f"SpectrumMonitor {self.name!r}: {sentence}", stacklevel=2)
-        self._failures = 0
+        self._failures.in_a_row = 0
         self._memory.worked()
         self._checked, self._learned = True, probed.learned
         seconds = time.perf_counter() - begin
-        check = probed.measurement.check
-        step_samples = probed.samples / probed.batches * trainer.accumulate_grad_batches
-        population = max(dataset_size(trainer), step_samples, probed.samples)
-        reading = Reading(
+        reading = reading_of(
+            trainer,
+            probed,
+            settings,
             step=step,
-            epoch=int(trainer.current_epoch),
-            spectrum=probed.measurement.spectrum,
-            curvature=self.curvature,
-            name=self.name,
             seconds=seconds,
-            samples=probed.samples,
-            parameters=probed.parameters,
-            learning_rate=learning_rate(trainer),
             overhead=self._schedule.overhead_with(seconds),
-            symmetry_error=None if check is None else check.symmetry,
-            repeat_error=None if check is None else check.repeat,
-            notes=(*probed.warnings, *probed.notes),
-            speed=speed,
-            product="exact" if probed.product_error is None else "finite_difference",
-            product_error=probed.product_error,
-            levels=probed.levels,
-            blocks=probed.blocks,
-            preconditioner=probed.preconditioner,
-            noise=None if probed.noise is None else probed.noise.at(step_samples, population),
-            curvature_noise=None if probed.noise is None else probed.noise.at(probed.samples, population),
-            batch_law=probed.batch_law,
-            preconditioned=None if probed.metric is None else " and ".join(probed.metric.optimizers),
-            stability_limit=None if probed.metric is None else probed.metric.limit,
+            light=speed == "light",
         )
         if speed == "light":
             self.light_reading = reading
@@ -485,9 +453,9 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             figures_every=self._report.figures_every, custom_scalars=self._report.custom_scalars
         )
         self.reading, self.light_reading, self.history = None, None, []
-        self._checked, self._learned, self._failures, self._capture_error = False, None, 0, None
+        self._checked, self._learned, self._capture_error = False, None, None
         self._turns, self._memory = Turns(self.batch_law_every), Memory()
-        self._once = Once()
+        self._failures = Failures(self.name, self.on_error, off=self._failures.off)
 
     def _write(self, trainer: Any, reading: Reading) -> None:
         """Saves and logs a reading; where one of the two fails, the other is still done."""
@@ -496,19 +464,10 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._try_to_write(reading, lambda: self._report.log(trainer.loggers, reading, self.history))
 
     def _try_to_write(self, reading: Reading, write: Callable[[], object]) -> None:
-        """A failure here is this rank's alone, never ends the training and never turns the probes off."""
         try:
             write()
         except Exception as error:
-            if self.on_error == "raise":
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            if self._once.is_new(f"writing: {reason}"):
-                warnings.warn(
-                    f"SpectrumMonitor {self.name!r} could not write its reading of step {reading.step}, the training is "
-                    f"unaffected: {reason} (said once)",
-                    stacklevel=4,
-                )
+            self._failures.write_failed(reading.step, error)
 
     def _captured(self) -> list[CapturedBatch]:
         """The batches, or what went wrong when they were captured; either is forgotten."""
@@ -520,31 +479,3 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         finally:
             error = None  # or its traceback's frame would hold it, and with it all that it refers to
         return batches
-
-    def _skip(self, trainer: Any, reason: str) -> None:
-        """Passes over a probe for which it is too early; said once."""
-        self._collector.take()
-        self._capture_error = None
-        if self._once.is_new(reason) and trainer.is_global_zero:
-            warnings.warn(
-                f"SpectrumMonitor {self.name!r} skips its probe after step {current_step(trainer)}: {reason} (said once)",
-                stacklevel=3,
-            )
-
-    def _probe_failed(self, trainer: Any, error: Exception) -> None:
-        """Warns once for each reason; turns the monitor off after repeated failures, and says so."""
-        self._failures += 1
-        self._learned = None
-        self._off = self._failures >= FAILURES_IN_A_ROW
-        ending = f". That was failure {self._failures} in a row: the monitor is off now" if self._off else ""
-        reason = f"{type(error).__name__}: {error}"
-        if smaller := self._memory.shrink(error):
-            reason = f"{reason}; {smaller}"
-        new = self._once.is_new(reason)
-        whose = trainer.is_global_zero or not isinstance(error, OtherRankFailedError)  # the other rank's log says why
-        if whose and (new or self._off):
-            warnings.warn(
-                f"SpectrumMonitor {self.name!r} could not take its probe after step {current_step(trainer)}, the training "
-                f"is unaffected: {reason}{ending}",
-                stacklevel=3,
-            )

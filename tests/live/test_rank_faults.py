@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_rmt import SpectrumMonitor
-from lightning_rmt.callbacks import spectrum_monitor
+from lightning_rmt.callbacks import failures, spectrum_monitor
 from lightning_rmt.curvature import exact_block
 from lightning_rmt.curvature.hessian import Hessian
 from lightning_rmt.curvature.restricted import Restricted
@@ -351,7 +351,7 @@ PLACES = 36
 
 def swept_on_this_rank(case: Case, failing: int, directory: Path) -> dict[str, Any]:
     """One probe a step, each of which fails at another operation of this rank, the fence and FSDP2's gathering aside."""
-    spectrum_monitor.FAILURES_IN_A_ROW = 10**6
+    failures.MOST_IN_A_ROW = 10**6
     memory.gc.collect = int  # after each out-of-memory, half a second in a process as large as this
     counts: list[int] = []
     mode = Fails(0)
