@@ -2,18 +2,11 @@
 
 Where the late Lanczos coefficients settle, the bulk has an edge and outliers are what lies beyond it (``bulk_edge``).
 Elsewhere, as on nearly every trained network, the only thing that can be counted is the group above the largest relative
-gap among resolved levels, measured in *local log spacings*:
-
-    F_K = K log(l_K / l_{K+1}) / mean_{i = K+1 .. K+10} i log(l_i / l_{i+1}).
-
-Under any power law ``i log(l_i / l_{i+1})`` has a constant mean (Renyi's representation), so no K is preferred; thinner
-tails only make F smaller. F needs exact levels, not Lanczos coefficients, so it depends neither on the number of steps nor
-on the probe. It is invariant under scaling but not under a shift: zero means something for a Hessian.
+gap among resolved levels (``gap``).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,22 +15,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_rmt.spectra.bulk_edge import CoefficientEdge
+from lightning_rmt.spectra.gap import (
+    CLEAR_SPACINGS,
+    FOLLOWERS,
+    LIKELY_RATIO,
+    LIKELY_SPACINGS,
+    MAX_GROUP,
+    Gap,
+    widest_gap,
+)
 from lightning_rmt.spectra.levels import RESOLVED_SHARE, SIMPLE_WEIGHT, Level, RitzLevels, exact_levels
 
-#: Largest group that is looked for.
-MAX_GROUP = 32
-#: Levels after the gap that set the local spacing, and the fewest that will do.
-FOLLOWERS, MIN_FOLLOWERS = 10, 5
-#: A clear gap: at least this many local spacings and this ratio. At most 4 % false under an uncorrelated heavy tail.
-CLEAR_SPACINGS, CLEAR_RATIO = 10.0, 1.1
-#: A likely gap. Up to 24 % false under an uncorrelated heavy tail, none in 4000 where levels repel.
-LIKELY_SPACINGS, LIKELY_RATIO = 5.0, 1.5
-#: Converged levels nearer than this (relative) count as one in the gap statistic.
-NEAR_DEGENERATE = 1e-3
-#: A level is converged, although it isn't in the resolved prefix, when its residual is below this share of it.
-CONVERGED_RESIDUAL = 1e-4
-#: A quadrature node of weight w stands for about this many levels times n w.
-LEVELS_PER_WEIGHT = 0.25
 #: With fewer Lanczos steps a wider gap may still be hidden further in: the count is a lower bound, unless all levels that
 #: could matter are resolved.
 STEPS_FOR_COUNT = 100
@@ -104,20 +92,6 @@ class BulkEdges:
     definition: Literal["edge", "gap", "none"]
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """The gap below the K-th of the levels (near-degenerate ones taken together)."""
-
-    levels: int
-    ratio: float
-    spacings: float
-    grade: int
-    unresolved: bool
-    p_scale_free: float
-    next_value: float
-    multiplicity: float  # of the level below the gap, 1 unless that is a clump
-
-
 def find_outliers(
     probes: Sequence[RitzLevels], size: int, edges: Sequence[CoefficientEdge | None] | None = None
 ) -> Outliers:
@@ -155,7 +129,7 @@ def refused(reason: str) -> Outliers:
     return Outliers(high=side, low=side)
 
 
-def _refusal(gap: _Gap | None, verdict: str) -> OutlierSide:
+def _refusal(gap: Gap | None, verdict: str) -> OutlierSide:
     return OutlierSide(
         count=None,
         values=np.empty(0),
@@ -205,7 +179,7 @@ def _negated(side: OutlierSide) -> OutlierSide:
 
 def _one_side(levels: RitzLevels, size: int, edge: CoefficientEdge | None, sign: int) -> OutlierSide:
     """The rule at the upper end; ``sign`` is -1 for the levels of ``-H``, and only the words need it."""
-    gap = _widest_gap(levels, size)
+    gap = widest_gap(levels, size)
     if edge is not None and edge.converged:
         return _beyond_edge(levels, size, edge, gap, sign)
     if gap is not None and gap.grade > 0:
@@ -219,7 +193,7 @@ def _one_side(levels: RitzLevels, size: int, edge: CoefficientEdge | None, sign:
     return _refusal(None, f"no outlier count: {_why_no_gap(levels)} on this curvature batch")
 
 
-def _needed(gap: _Gap) -> str:
+def _needed(gap: Gap) -> str:
     """What the gap lacks, in words."""
     if gap.spacings < LIKELY_SPACINGS:
         return f"{LIKELY_SPACINGS:.0f}"
@@ -236,7 +210,7 @@ def _why_no_gap(levels: RitzLevels) -> str:
     return f"only {_counted(found, 'level')} resolved at m={levels.steps}; raise the number of steps"
 
 
-def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap | None, sign: int) -> OutlierSide:
+def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: Gap | None, sign: int) -> OutlierSide:
     """Ritz values beyond a converged bulk edge, with residuals that leave no doubt at which side they are."""
     descending = np.arange(levels.values.size)[::-1]
     beyond = int((levels.values > edge.high + edge.margin).sum())
@@ -269,7 +243,7 @@ def _beyond_edge(levels: RitzLevels, size: int, edge: CoefficientEdge, gap: _Gap
     )
 
 
-def _above_gap(levels: RitzLevels, gap: _Gap, sign: int) -> OutlierSide:
+def _above_gap(levels: RitzLevels, gap: Gap, sign: int) -> OutlierSide:
     resolved = levels.resolved_high >= MAX_GROUP + 1 + FOLLOWERS  # no wider gap can hide behind this one
     at_least = levels.steps is not None and levels.steps < STEPS_FOR_COUNT and not (levels.complete or resolved)
     if gap.multiplicity > 1:
@@ -310,109 +284,3 @@ def _number(count: int, at_least: bool) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _widest_gap(levels: RitzLevels, size: int) -> _Gap | None:
-    """The largest F among all gaps that may be looked at; graded gaps go before others."""
-    ladder = _ladder(levels, size)
-    if ladder is None:
-        return None
-    gaps = [gap for gap in (_gap_below(ladder, k) for k in range(1, ladder.reach + 1)) if gap is not None]
-    if not gaps:
-        return None
-    return max(gaps, key=lambda gap: (gap.grade > 0, gap.spacings if gap.ratio >= CLEAR_RATIO else 0.0))
-
-
-@dataclass(frozen=True, eq=False)
-class _Ladder:
-    """Positive levels in descending order on the axis of their index, all arrays of one length.
-
-    A converged simple level takes one place on that axis, a clump its multiplicity, and an unresolved node as many
-    places as its weight stands for.
-    """
-
-    values: NDArray[np.float64]
-    residuals: NDArray[np.float64]
-    start: NDArray[np.float64]
-    end: NDArray[np.float64]
-    multiplicity: NDArray[np.float64]
-    clump: NDArray[np.bool_]
-    ambiguous: NDArray[np.bool_]
-    distinct: NDArray[np.intp]  # number of distinct levels before each entry
-    reach: int  # last K that may be looked at
-
-
-def _ladder(levels: RitzLevels, size: int) -> _Ladder | None:
-    values, residuals = levels.values[::-1], levels.residuals[::-1]
-    count = int((values > levels.floor).sum())
-    if count == 0:
-        return None
-    values, residuals = values[:count], residuals[:count]
-    mass, copies = size * levels.weights[::-1][:count], levels.copies[::-1][:count]
-    resolved = min(levels.resolved_high, count)
-    converged = (np.arange(count) < resolved) | (residuals <= CONVERGED_RESIDUAL * values)
-
-    first = [0]
-    for i in range(1, count):
-        near = values[first[-1]] - values[i] < NEAR_DEGENERATE * values[first[-1]]
-        if not (near and converged[i] and converged[first[-1]]):
-            first.append(i)
-    head = np.array(first)
-    mass, copies = np.add.reduceat(mass, head), np.add.reduceat(copies, head)
-    values, residuals, converged = values[head], residuals[head] + levels.rounding, converged[head]
-
-    heavy = mass > SIMPLE_WEIGHT
-    clump = converged & (heavy | (copies >= 3))
-    expected = LEVELS_PER_WEIGHT * mass
-    multiplicity = np.where(
-        converged,
-        np.where(clump, np.maximum(copies, np.where(heavy, expected, 0.0)), 1.0),
-        np.maximum(1.0, expected),
-    )
-    half = np.where(converged, 0.5, multiplicity / 2)
-    length = np.where(clump, multiplicity - 1, 0.0)
-    end = 0.5 + np.cumsum(2 * half + length) - half
-    start = end - length
-
-    reach = min(int((head < resolved).sum()), MAX_GROUP, head.size - 1)
-    if clump.any():
-        reach = min(reach, int(np.argmax(clump)))  # never count past a degenerate level
-    return _Ladder(values, residuals, start, end, multiplicity, clump, ~converged & ~heavy, head, reach)
-
-
-def _gap_below(ladder: _Ladder, k: int) -> _Gap | None:
-    """The gap between the k-th and the next level, or None where it can't be judged."""
-    value, following = float(ladder.values[k - 1]), float(ladder.values[k])
-    uncertainty = float(ladder.residuals[k])
-    if uncertainty > RESOLVED_SHARE * (value - following):
-        return None
-    base = ladder.start[k]
-    available = ladder.end[-1] - base
-    if available < MIN_FOLLOWERS:
-        return None
-    followers = int(min(FOLLOWERS, available))
-    places = np.stack([ladder.start[k:], ladder.end[k:]], axis=1).ravel()
-    read = np.interp(base + np.arange(followers + 1), places, np.repeat(ladder.values[k:], 2))
-    spacings = (k + 1 + np.arange(followers)) * np.log(read[:-1] / read[1:])
-    ratio = value / (following + uncertainty)
-    # Spacings inside a clump are zero; none below the tolerance for degeneracy is told from that.
-    width = k * math.log(ratio) / max(float(spacings.mean()), NEAR_DEGENERATE) if ratio > 1 else 0.0
-
-    entry = np.interp(base + np.arange(1, followers + 1), ladder.start[k:], np.arange(k, ladder.values.size))
-    entry_index = np.minimum(np.ceil(entry - 1e-9).astype(int), ladder.values.size - 1)
-    unresolved = float(ladder.ambiguous[entry_index].mean()) > 0.5
-    grade = 0
-    if width >= CLEAR_SPACINGS and ratio >= CLEAR_RATIO:
-        grade = 2
-    elif width >= LIKELY_SPACINGS and ratio >= LIKELY_RATIO and not unresolved:
-        grade = 1
-    return _Gap(
-        levels=int(ladder.distinct[k]),
-        ratio=ratio,
-        spacings=width,
-        grade=grade,
-        unresolved=unresolved,
-        p_scale_free=min(1.0, MAX_GROUP * (1 + width / followers) ** -followers),
-        next_value=following,
-        multiplicity=float(ladder.multiplicity[k]) if ladder.clump[k] else 1.0,
-    )
