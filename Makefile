@@ -33,7 +33,7 @@ papers: $(VENV)/.installed-demo
 	$(THREADS) $(BIN)/python examples/papers/run_all.py
 
 test: $(VENV)/.installed
-	$(THREADS) $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(THREADS) $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 30
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -172,11 +172,13 @@ class Measurement(NamedTuple):
         spectrum: what was measured.
         check: None where the operator wasn't checked.
         seconds: wall-clock time of the products and of the analysis.
+        forecast: what they were expected to cost, None where the operator wasn't checked.
     """
 
     spectrum: Spectrum
     check: ProductCheck | None
     seconds: float
+    forecast: Forecast | None = None
 
 
 class Forecast(NamedTuple):
@@ -257,9 +259,11 @@ def measure(
             f"the curvature product is not a symmetric matrix's: asymmetry {checked.symmetry:.1e}, difference of the same "
             f"product taken twice {checked.repeat:.1e} (both should be below {checked.tolerance:.0e}). {cause}"
         )
-    if checked is not None and on_forecast is not None:
+    cost = None
+    if checked is not None:
         cost = forecast(operator, steps, probes, basis, (time.perf_counter() - begin) / CHECK_PRODUCTS)
-        shards_of(operator).attempt(lambda: on_forecast(cost), None)
+        if on_forecast is not None:
+            shards_of(operator).attempt(lambda: on_forecast(cost), None)
     spectrum = estimate_spectrum(
         operator,
         steps=steps,
@@ -270,4 +274,4 @@ def measure(
         on_step=on_step,
         on_basis=on_basis,
     )
-    return Measurement(spectrum, checked, time.perf_counter() - begin)
+    return Measurement(spectrum, checked, time.perf_counter() - begin, cost)

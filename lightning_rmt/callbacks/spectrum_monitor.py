@@ -46,6 +46,9 @@ from lightning_rmt.report.loggers import LoggerReport
 from lightning_rmt.report.scalars import TOP
 
 STATE_VERSION = 2
+#: A first probe may be slow for reasons that don't come back (code that is read from a disk). The second one is taken to
+#: last no longer than so many times its products: too little is corrected then, too much would put it off for good.
+FIRST_TO_NEXT = 2.0
 REFUSED = "the SpectrumMonitor is refused on {}"
 
 
@@ -386,7 +389,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         return self._failures.off or averaging_epoch or probed_enough
 
     def _take(self, trainer: Any, pl_module: Any, step: int, speed: Speed) -> float | None:
-        """Takes a reading and writes it; returns its seconds, None if it failed."""
+        """Takes a reading and writes it; returns the seconds that the next such one will take, None if it failed."""
         begin, settings = time.perf_counter(), self._settings
         try:
             probed = measure_live(
@@ -435,7 +438,12 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self.history.append(HistoryEntry.from_reading(reading))
         if trainer.is_global_zero:
             self._write(trainer, reading)
-        return seconds if speed == "light" else self._turns.on_average(seconds, probed.batch_law_seconds)
+        if speed == "light":
+            return seconds
+        fit = probed.batch_law_seconds
+        if probed.products_seconds is not None:  # the first probe, which may take many times as long as the next
+            seconds = min(seconds, fit + FIRST_TO_NEXT * probed.products_seconds)
+        return self._turns.on_average(seconds, fit)
 
     @property
     def _light_ends(self) -> LightEnds:

@@ -34,8 +34,7 @@ def announcement(
         noise: what the noise's vectors take; None: nothing.
     """
     each = cost.seconds / max(cost.products, 1)
-    products = cost.products + len(settings.blocks or ()) * settings.lanczos_steps + _noise_products(settings)
-    products += most_products(settings)
+    products = products_of_a_probe(settings, cost) + most_products(settings)
     where = "" if ranks == 1 else f" on each of {ranks} ranks"
     noise = noise or NoiseVectors()
     held = memory.graphs + noise.directions + max(cost.basis_bytes, noise.working)
@@ -65,8 +64,10 @@ def announcement(
     )
 
 
-def _noise_products(settings: ProbeSettings) -> int:
-    return RANDOM + RESOLVED if settings.noise and settings.product != "finite_difference" else 0
+def products_of_a_probe(settings: ProbeSettings, cost: Forecast) -> int:
+    """Of the whole spectrum, of the groups' and of the noise, at most; those of an outlier law aside."""
+    noise = RANDOM + RESOLVED if settings.noise and settings.product != "finite_difference" else 0
+    return cost.products + len(settings.blocks or ()) * settings.lanczos_steps + noise
 
 
 def _size(module: nn.Module, pattern: str, settings: ProbeSettings) -> int:

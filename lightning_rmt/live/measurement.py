@@ -20,7 +20,7 @@ from lightning_rmt.krylov.collectives import OtherRankFailedError
 from lightning_rmt.krylov.lanczos import EXACT_BASES, Basis, rounding_noise
 from lightning_rmt.krylov.tridiagonal import NonFiniteError
 from lightning_rmt.levels.block import BlockLevels
-from lightning_rmt.live.announcement import announcement
+from lightning_rmt.live.announcement import announcement, products_of_a_probe
 from lightning_rmt.live.batch_law import measure_batch_law
 from lightning_rmt.live.batches import CapturedBatch, is_empty
 from lightning_rmt.live.blocks import measure_blocks
@@ -66,6 +66,7 @@ class LiveMeasurement:
         batch_law: outliers of parts of the batches; only a full probe whose turn it is has them.
         batch_law_seconds: that these took.
         metric: of the optimizers, where that was measured in; without its diagonal.
+        products_seconds: what the products of the whole probe were expected to take; None where the operator wasn't checked.
     """
 
     measurement: Measurement
@@ -83,6 +84,7 @@ class LiveMeasurement:
     batch_law: BatchLaw | None = None
     batch_law_seconds: float = 0.0
     metric: DiagonalMetric | None = None
+    products_seconds: float | None = None
 
 
 def measure_live(
@@ -226,6 +228,9 @@ def measure_live(
         result = LiveMeasurement(
             measurement, samples, names, warnings, notes, found, product_error, batches=fewest, metric=metric
         )
+        if (cost := measurement.forecast) is not None:
+            expected = cost.seconds * products_of_a_probe(settings, cost) / max(cost.products, 1)
+            result = replace(result, products_seconds=expected)
         if not isinstance(operator, CurvatureOperator):
             return result
         kind: Any = {"exact": shared.exact, "mixed_precision": settings.autocast and "mixed" in str(trainer.precision)}

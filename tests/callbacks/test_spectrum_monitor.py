@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import warnings
 from pathlib import Path
 
@@ -266,6 +267,21 @@ def test_default_budget_probes_at_the_start_and_stays_within(tmp_path):
     assert watch.history[0].step == 0
     assert len(watch.history) > 2
     assert {"rmt/overhead"} <= set(events(trainer.log_dir).Tags()["scalars"])
+
+
+def test_a_slow_first_probe_does_not_put_off_the_next(tmp_path):
+    """Its second one is expected to take as long as its products, not as what was slow once."""
+    waits = iter([3.0])
+
+    def loss(module, batch):
+        time.sleep(next(waits, 0.0))
+        return cross_entropy(module.net(batch[0]), batch[1])
+
+    watch = SpectrumMonitor(lanczos_steps=5, on_error="raise", figures_every=0, levels=None, loss_fn=loss)
+    fit(watch, tmp_path)
+    assert watch.reading.seconds > 3
+    assert watch._schedule.probe_seconds > 3  # it was spent, though
+    assert watch._schedule.state_dict()["full_cost"] < 1.5
 
 
 class TwoSpeeds:
