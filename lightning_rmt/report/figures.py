@@ -126,8 +126,8 @@ def _degenerate(spectrum: Spectrum) -> list[Atom]:
 
 
 def _draw_law(axes: Axes, reading: Reading, axis: style.EigenvalueAxis) -> None:
-    """The law that the bulk can't be told from, or the nearest one, scaled to the mass that it was fitted to."""
-    fit = reading.laws.simplest or next(iter(reading.laws.fits), None)
+    """The law that the bulk can't be told from, scaled to the mass that it was fitted to; a rejected one is not drawn."""
+    fit = reading.laws.simplest
     if fit is None:
         return
     x = axis.samples(_SAMPLES)

@@ -282,6 +282,12 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_a_law_that_is_rejected_is_named_and_not_drawn(known):
+    figure = spectrum_figure(known("trained"))
+    assert "every law is rejected; the nearest is" in all_words(figure)
+    assert "--" not in {line.get_linestyle() for line in lines(figure.axes[0]).values()}
+
+
 def test_the_spectrum_names_the_nearest_law_and_draws_it(known):
     figure = spectrum_figure(known("semicircle"))
     assert "bulk can't be told from semicircle at resolution" in all_words(figure)
