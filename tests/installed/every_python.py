@@ -180,7 +180,8 @@ def pip_settings() -> dict[str, str]:
 
 def run(*command: str, cwd: Path | None = None, **variables: str) -> str:
     """The command's standard output; of this checkout's environment it sees nothing."""
-    ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MYPYPATH"}
+    # without bytecode every process would compile all of torch again
+    ours = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MYPYPATH", "PYTHONDONTWRITEBYTECODE"}
     env = {key: value for key, value in os.environ.items() if key not in ours} | variables
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=600, check=False)
