@@ -1,4 +1,5 @@
 # make demo: set everything up and watch a small network's spectrum; make test: set everything up and run the tests.
+# make pythons: set everything up, install wheel and sdist on every Python of this machine and use them there.
 # make papers: set everything up, reproduce the papers and write docs/papers.md, some ten minutes.
 # make docs: set everything up and build the documentation in site/, strictly.
 # make bench: set everything up, compare with other libraries and time the fence, by hand (benchmarks/README.md).
@@ -12,7 +13,7 @@ CURVLINOPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt curvli
 # One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo papers test lint docs bench clean
+.PHONY: demo papers test pythons lint docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,9 @@ papers: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed
 	$(THREADS) $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 30
+
+pythons: $(VENV)/.installed
+	$(THREADS) $(BIN)/python tests/installed/every_python.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

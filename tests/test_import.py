@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import compileall
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,15 +40,33 @@ def test_all_names_resolve():
 
 
 def test_no_name_brings_more_than_torch_and_lightning_do():
-    """Whatever of matplotlib and SciPy torchmetrics loads by itself: nothing comes on top of it, and nothing draws."""
-    base = "import torch, pytorch_lightning\ntry:\n    import lightning.pytorch\nexcept ImportError:\n    pass"
-    ours = (
-        "import sys\nbefore = set(sys.modules)\nimport lightning_rmt, lightning_rmt.laws, lightning_rmt.local_law\n"
-        "[getattr(lightning_rmt, name) for name in lightning_rmt.__all__]\n"
-        "print({name.split('.')[0] for name in set(sys.modules) - before}, 'lightning_rmt.report.figures' in sys.modules)"
+    """Whatever of matplotlib and SciPy torchmetrics loads by itself: nothing comes on top of it, and nothing draws.
+
+    Nor does it take long: the target is 0.3 s (benchmarks/import_time.py). Here it is CPU time, against that of torch in
+    the same process; a busy machine has three tries to stay below a quarter.
+    """
+    import lightning_rmt
+
+    compileall.compile_dir(Path(lightning_rmt.__file__).parent, quiet=1)  # as installers do
+    base = (
+        "import sys, time\nstart = time.process_time()\nimport torch\ntorchs = time.process_time() - start\n"
+        "import pytorch_lightning\ntry:\n    import lightning.pytorch\nexcept ImportError:\n    pass"
     )
-    done = subprocess.run([sys.executable, "-c", f"{base}\n{ours}"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "{'lightning_rmt'} False"
+    ours = (
+        "before = set(sys.modules)\nstart = time.process_time()\n"
+        "import lightning_rmt, lightning_rmt.laws, lightning_rmt.local_law\n"
+        "[getattr(lightning_rmt, name) for name in lightning_rmt.__all__]\n"
+        "ours = time.process_time() - start\n"
+        "print({name.split('.')[0] for name in set(sys.modules) - before}, 'lightning_rmt.report.figures' in sys.modules)\n"
+        "print(ours / torchs)"
+    )
+    shares = []
+    while len(shares) < 3 and min(shares, default=1.0) > 0.25:
+        done = subprocess.run([sys.executable, "-c", f"{base}\n{ours}"], capture_output=True, text=True, check=True)
+        brought, share = done.stdout.splitlines()
+        assert brought == "{'lightning_rmt'} False"
+        shares.append(float(share))
+    assert min(shares) < 0.25, shares
 
 
 def test_laws_and_levels_load_scipy_when_they_need_it():
