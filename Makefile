@@ -10,8 +10,9 @@ BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
 # its dependency backpack declares torchvision, which neither needs here
 CURVLINOPS = $(BIN)/python -m pip install -q --no-deps -c constraints.txt curvlinops-for-pytorch backpack-for-pytorch
-# One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests.
-THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# One thread per process: bitwise tests, and two cores shared with the processes of the distributed tests. Bytecode is kept,
+# whatever the environment says, since the tests start many processes.
+THREADS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: demo papers test pythons lint docs bench clean
 
