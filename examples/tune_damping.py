@@ -47,7 +47,9 @@ class KFAC(torch.optim.Optimizer):
 
     def observe(self, logits: Tensor, drawn: Tensor) -> None:
         """Averages the two factors of each layer, from labels that the model itself has drawn."""
-        seen = [self.seen.pop(layer) for layer in self.layers]  # a cache is gone before the step, so no state to be put back
+        seen = [
+            self.seen.pop(layer) for layer in self.layers
+        ]  # a cache is gone before the step, so no state to be put back
         outputs = [output for _, output in seen]
         gradients = torch.autograd.grad(cross_entropy(logits, drawn, reduction="sum"), outputs, retain_graph=True)
         for layer, (inputs, _), gradient in zip(self.layers, seen, gradients, strict=True):

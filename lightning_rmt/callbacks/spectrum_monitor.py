@@ -432,8 +432,9 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._checked, self._learned = True, probed.learned
         seconds = time.perf_counter() - begin
         check = probed.measurement.check
-        step_samples = probed.samples / probed.batches * trainer.accumulate_grad_batches
-        population = max(dataset_size(trainer), step_samples, probed.samples)
+        population = max(dataset_size(trainer), probed.samples)
+        # at the end of an epoch a step takes what there is
+        step_samples = min(probed.samples / probed.batches * trainer.accumulate_grad_batches, population)
         reading = Reading(
             step=step,
             epoch=int(trainer.current_epoch),
