@@ -152,7 +152,7 @@ def noise_scale(
     fourth = inner(noise, noise).diagonal()
     for half in (first, second):
         shards_of(half).settle()
-    if not bool(products.isfinite().all()):
+    if not all(bool(found.isfinite().all()) for found in (products, fourth, moved, along) if found is not None):
         raise NonFiniteError("the difference of the halves' products is NaN or infinite")
 
     scale, error = _scale_and_error(

@@ -184,3 +184,10 @@ def test_refusals():
             known.at(size, dataset)
     assert known.at(10, 10).mean == 0.0
     assert isinstance(known, NoiseScale)
+
+
+def test_an_infinite_product_of_an_outlier_is_no_anisotropy():
+    """It is projected out of the random vectors, whose products stay finite."""
+    halves = [Dense(np.diag([1.0, 2.0, 3.0, 4.0, sign * 1.5e308])) for sign in (1, -1)]
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        noise_scale(*halves, outliers=torch.eye(5, dtype=torch.float64)[4:])
