@@ -47,11 +47,13 @@ class KFAC(torch.optim.Optimizer):
 
     def observe(self, logits: Tensor, drawn: Tensor) -> None:
         """Averages the two factors of each layer, from labels that the model itself has drawn."""
-        outputs = [self.seen[layer][1] for layer in self.layers]
+        seen = [
+            self.seen.pop(layer) for layer in self.layers
+        ]  # a cache is gone before the step, so no state to be put back
+        outputs = [output for _, output in seen]
         gradients = torch.autograd.grad(cross_entropy(logits, drawn, reduction="sum"), outputs, retain_graph=True)
-        for layer, gradient in zip(self.layers, gradients, strict=True):
-            inputs = self.seen[layer][0].detach()
-            inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
+        for layer, (inputs, _), gradient in zip(self.layers, seen, gradients, strict=True):
+            inputs = torch.cat([inputs.detach(), torch.ones(len(inputs), 1)], dim=1)
             state = self.state[layer.weight]
             state["count"] = state.get("count", 0) + 1
             share = max(1 - DECAY, 1 / state["count"])  # a plain mean at first

@@ -14,13 +14,18 @@ from lightning_rmt.live.gradients import refuse_sharded_gradients, refuse_sharde
 from lightning_rmt.live.kronecker import FactorSettings, FactorWindow
 from lightning_rmt.live.namespaces import callback_bases
 from lightning_rmt.live.operators import refuse_unmatched_parameters
-from lightning_rmt.live.training import current_step
+from lightning_rmt.live.training import current_step, takes_all_data
 from lightning_rmt.local_law.kronecker import KroneckerReading
 from lightning_rmt.local_law.learning_rate import suggestion
 from lightning_rmt.report.kronecker import KroneckerReport
 
 STATE_VERSION = 1
 CLIPPED = "gradients are taken before they are clipped, which weighs the steps differently than the optimizer does"
+
+SAME_DATA = (
+    "every step sees the same data, so that gradients differ by the training's drift alone: effective samples, q and "
+    "eigenvalue biases are meant for independent batches, and the gain is that of these data"
+)
 
 
 class KroneckerDiagnostics(*callback_bases()):  # type: ignore[misc]
@@ -200,7 +205,8 @@ class KroneckerDiagnostics(*callback_bases()):  # type: ignore[misc]
         assert window is not None
         every = self.every_n_steps
         self._due = None if every is None else -(-current_step(trainer) // every) * every
-        notes = (CLIPPED,) if trainer.gradient_clip_val else ()
+        clipped, same = bool(trainer.gradient_clip_val), takes_all_data(trainer)
+        notes = (*([CLIPPED] if clipped else []), *([SAME_DATA] if same else []))
 
         def finish() -> None:
             reading = window.finish(notes)

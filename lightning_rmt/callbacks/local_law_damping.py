@@ -183,6 +183,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Copies the batch where this step or the next one is looked at: the training step may change it."""
         self._depth = 0
+        self._batches.begin()
         if not self._off and (self.controller.due or self.controller.due_next or self.controller.guards):
             try:
                 self._batches.add(batch, batch_idx)
@@ -195,6 +196,7 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
             return
         self._norm = gradient_norm(optimizer) if self.controller.due and clips(trainer, pl_module) else None
         self._looks = self.controller.looks
+        self._batches.stepped()
         try:
             self.controller.before_step()
         except Exception as error:
@@ -249,7 +251,6 @@ class LocalLawDamping(*callback_bases()):  # type: ignore[misc]
             self._judge_together(trainer, module, optimizer)
         else:
             self.controller.after_step()
-        self._batches.stepped()
 
     def _judge_together(self, trainer: Any, module: Any, optimizer: Any) -> None:
         """On all ranks, or, if one has failed, never again on any."""

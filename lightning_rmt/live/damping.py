@@ -23,18 +23,28 @@ class StepBatches:
     def __init__(self) -> None:
         self._now: list[CapturedBatch] = []
         self._before: list[CapturedBatch] = []
+        self._stepped = False
+
+    def begin(self) -> None:
+        """The next batch: of the step that goes on, or, if one was tried since the last batch, of the next step.
+
+        Several steps on one batch, as in manual optimization, are all its own, and a step that a gradient scaler skips is
+        over all the same.
+        """
+        if self._stepped:
+            self._before, self._now, self._stepped = self._now, [], False
 
     def add(self, batch: Any, batch_idx: int) -> None:
         """Copies a batch of the step that goes on."""
         self._now.append(CapturedBatch(copy_batch(batch), batch_idx))
 
     def stepped(self) -> None:
-        """The step is over."""
-        self._before, self._now = self._now, []
+        """A step was tried."""
+        self._stepped = True
 
     def forget(self) -> None:
         """Drops all."""
-        self._now, self._before = [], []
+        self._now, self._before, self._stepped = [], [], False
 
     def own(self, module: Any, loss_fn: LossFn | None) -> Callable[[], Tensor] | None:
         """The mean loss over the step's own batches; None where they weren't kept."""

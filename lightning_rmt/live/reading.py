@@ -32,8 +32,9 @@ def reading_of(
         light: whether the probe was a light one.
     """
     check, noise, metric = probed.measurement.check, probed.noise, probed.metric
-    step_samples = probed.samples / probed.batches * trainer.accumulate_grad_batches
-    population = max(dataset_size(trainer), step_samples, probed.samples)
+    population = max(dataset_size(trainer), probed.samples)
+    # at the end of an epoch a step takes what there is
+    step_samples = min(probed.samples / probed.batches * trainer.accumulate_grad_batches, population)
     return Reading(
         step=step,
         epoch=int(trainer.current_epoch),

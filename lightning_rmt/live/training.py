@@ -27,12 +27,25 @@ def total_steps(trainer: Any) -> float:
 
 
 def dataset_size(trainer: Any) -> float:
-    """Samples in the training data; infinity where nobody knows (a stream, several loaders)."""
+    """Samples that the training draws from; infinity where nobody knows (a stream, several loaders)."""
     try:
         loader = trainer.train_dataloader
-        return math.inf if loader.batch_size is None else float(len(loader.dataset))  # else it counts whole batches
+        if loader.batch_size is None:  # it counts whole batches
+            return math.inf
+        size = float(len(loader.dataset))
+        if trainer.overfit_batches:  # the same few batches in every epoch
+            size = min(size, float(trainer.num_training_batches * loader.batch_size * trainer.world_size))
+        return size
     except (AttributeError, TypeError, NotImplementedError):
         return math.inf
+
+
+def takes_all_data(trainer: Any) -> bool:
+    """Whether every step sees all of the training data, as far as anybody knows."""
+    batches = trainer.num_training_batches
+    if batches > trainer.accumulate_grad_batches or math.isinf(size := dataset_size(trainer)):
+        return False
+    return bool(batches * trainer.train_dataloader.batch_size * trainer.world_size >= size)
 
 
 def seconds_left(trainer: Any) -> float:

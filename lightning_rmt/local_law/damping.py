@@ -229,7 +229,8 @@ class _Law:
         if inside > noise:
             raise ValueError(
                 f"the spectrum has noise {inside:.6g}, more than the {noise:.6g} of the matrix that is damped: measure the "
-                "spectrum on as many samples as a batch, or more"
+                "spectrum on as many samples as a batch, or more (a Trainer that accumulates batches: on as many of them, "
+                "SpectrumMonitor(batches=accumulate_grad_batches))"
             )
         bulk = Resolvent.of(spectrum_argument(spectrum), inside)
         measured, added = bulk.variance * inside**2, bulk.variance * (noise - inside) * (noise + inside)

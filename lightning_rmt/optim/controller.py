@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rmt.local_law.arguments import spectrum_argument
 from lightning_rmt.local_law.damping import effective_damping, self_consistent_damping
 from lightning_rmt.local_law.errors import NoDampingError
 from lightning_rmt.optim.adjustment import change, smoothed
@@ -213,10 +214,11 @@ class DampingController:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+        spectrum = spectrum_argument(spectrum)
+        state.largest = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
+        state.noise_free = 0 <= noise <= NOISE_FREE * state.largest  # also where the spectrum has too much of it
         found = self_consistent_damping(noise, spectrum, spectrum_noise=spectrum_noise)
         state.local_law = found
-        state.largest = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
-        state.noise_free = noise <= NOISE_FREE * state.largest
         if knob.controls and not state.noise_free and found > 0:
             if knob.method == "local-law" and state.started:
                 factor = change(found / state.damping, settings.max_change)

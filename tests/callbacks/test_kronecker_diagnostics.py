@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt import KroneckerDiagnostics, SpectrumMonitor
-from lightning_rmt.callbacks.kronecker_diagnostics import CLIPPED
+from lightning_rmt.callbacks.kronecker_diagnostics import CLIPPED, SAME_DATA
 from lightning_rmt.curvature.gradient_factors import GradientFactors
 from lightning_rmt.live.namespaces import MisconfigurationException
 from lightning_rmt.local_law.kronecker import read_matrix
@@ -193,6 +193,18 @@ def test_accumulated_batches_are_one_gradient(tmp_path):
     assert watch.reading.step == 19
     for layer, found in by_hand(module, list(loader(40)), group=2).items():
         assert watch.reading.layers[layer].rotation_gain.mean == pytest.approx(found.rotation_gain.mean, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize(
+    ("batches", "options", "same"),
+    [(1, {}, True), (24, {"overfit_batches": 1}, True), (2, {}, False), (2, {"accumulate_grad_batches": 2}, True),
+     (2, {"limit_train_batches": 1}, False)],
+)  # fmt: skip
+def test_steps_on_the_same_data_are_said_to_be(batches, options, same, tmp_path):
+    watch = diagnostics()
+    fit(watch, tmp_path, data=loader(batches), max_epochs=20, **options)
+    assert watch.reading.notes == ((SAME_DATA,) if same else ())
 
 
 def test_gradients_are_taken_before_clipping_and_it_says_so(tmp_path):

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rmt import DampingController, LocalLawDamping, SpectrumMonitor
+from lightning_rmt.live.damping import StepBatches
 from lightning_rmt.live.namespaces import MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings(
@@ -280,6 +281,48 @@ def test_a_step_that_calls_its_parents_step_is_one(tmp_path):
         runs.append((module.dampings, watch.controller.state_dict()))
     assert runs[0] == runs[1]
     assert runs[1][1]["steps"] == 30
+
+
+class Twice(Module):
+    """Two steps on every batch, which both are in their gradient."""
+
+    def __init__(self):
+        super().__init__(start=0.1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(2):
+            self.optimizers().zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+
+class AfterBatch(pl.Callback):
+    def __init__(self):
+        self.reports = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.reports.append(trainer.callbacks[0].report)
+
+
+def test_a_second_step_on_a_batch_is_judged_by_the_batch_before(tmp_path):
+    seen = AfterBatch()
+    fit([control(every=1), seen], tmp_path, Twice(), steps=12)
+    assert [report.step for report in seen.reports] == [1, 3, 5, 7, 9, 11]
+    for report in seen.reports[1:]:
+        assert report.refused is None
+        assert None not in (report.ratio, report.own_ratio)
+        assert report.ratio != report.own_ratio
+
+
+def test_a_step_that_a_gradient_scaler_has_skipped_leaves_no_batch_to_the_next_one():
+    batches, module = StepBatches(), torch.nn.Module()
+    for value in (1.0, 2.0, 4.0):
+        batches.begin()
+        batches.add(torch.tensor([value]), 0)
+        batches.stepped()  # the optimizer's own step may not follow
+    assert batches.own(module, lambda _, batch: batch.sum())() == 4.0
+    assert batches.held_out(module, lambda _, batch: batch.sum())() == 2.0
 
 
 def test_a_failure_is_a_warning_and_the_training_goes_on(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,8 +54,8 @@ def test_against_dense_halves_of_the_batch(tmp_path, monkeypatch):
     kept = min(len(reading.spectrum.top), live_noise.UNCOUNTED) if count is None else count
     away = torch.eye(len(levels)) - u[:, -kept:] @ u[:, -kept:].T
     exact = float(((away @ difference @ away) ** 2).sum()) / (len(levels) - kept)  # s^2 of the difference
-    # its two halves of 4: per sample s^2 = exact / (1/4 + 1/4), and a step's batch has all 8
-    assert reading.noise.mean**2 == pytest.approx(exact * 2 * (1 / 8 - 1 / 44), rel=0.2)
+    # its two halves of 2: per sample s^2 = exact / (1/2 + 1/2), and a step's batch has all 4, of 24 samples
+    assert reading.noise.mean**2 == pytest.approx(exact * (1 / 4 - 1 / 24), rel=0.05)
     assert reading.curvature_noise.mean == pytest.approx(reading.noise.mean)  # a step has one batch
     moved = difference @ u[:, -2:]
     along = (u[:, -2:] * moved).sum(0)
@@ -65,7 +66,38 @@ def test_against_dense_halves_of_the_batch(tmp_path, monkeypatch):
 def test_a_loader_of_whole_batches_does_not_say_how_many_samples_there_are():
     data = TensorDataset(torch.zeros(7, 3))
     for loader, size in ((DataLoader(data, 2), 7), (DataLoader(data, batch_size=None), math.inf), ([1], math.inf)):
-        assert dataset_size(SimpleNamespace(train_dataloader=loader)) == size
+        assert dataset_size(SimpleNamespace(train_dataloader=loader, overfit_batches=0.0)) == size
+
+
+def with_options(**options: Any) -> Case:
+    ignored = "You requested to overfit", "The number of training batches"
+    return replace(CASE, trainer=lambda: {**CASE.trainer(), **options}, ignore=(*CASE.ignore, *ignored))
+
+
+def test_one_batch_again_and_again_has_no_noise(tmp_path):
+    """Lightning leaves the data set as it was: 24 samples, of which the training sees 4 or 8."""
+    watch = watcher()
+    train(with_options(overfit_batches=1), tmp_path, watch)
+    assert watch.reading.noise.mean == watch.reading.curvature_noise.mean == 0.0
+    train(with_options(overfit_batches=2), tmp_path, watch)
+    assert watch.reading.noise.mean > 0.0
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    watch = watcher(every_n_steps=1)
+    train(with_options(accumulate_grad_batches=3), tmp_path, watch)
+    noise, of_curvature = watch.reading.noise, watch.reading.curvature_noise
+    assert noise.batch_size == 12
+    assert (noise.mean / of_curvature.mean) ** 2 == pytest.approx((1 / 12 - 1 / 24) / (1 / 4 - 1 / 24))
+
+
+def test_a_step_takes_no_more_samples_than_there_are(tmp_path):
+    """An epoch of 6 batches ends before 12 are accumulated."""
+    watch = watcher(every_n_steps=1)
+    train(with_options(accumulate_grad_batches=12), tmp_path, watch)
+    assert watch.reading.noise.mean == 0.0
+    assert watch.reading.noise.batch_size == 24
+    assert watch.reading.curvature_noise.mean > 0.0
 
 
 def test_what_is_logged_and_saved(tmp_path):

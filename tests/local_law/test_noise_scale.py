@@ -54,16 +54,15 @@ def test_the_standard_error_is_that_of_repeats():
     assert noise_scale(Dense(noise), Dense(np.zeros((N, N))), 1).stderr is None
 
 
-@pytest.mark.parametrize(("kind", "least"), [("goe", 0.90), ("few", 0.90), ("steep", 0.75)])
+@pytest.mark.parametrize(("kind", "least"), [("goe", 0.90), ("few", 0.70), ("steep", 0.65)])
 def test_the_truth_is_within_two_standard_errors(kind, least):
-    """With the two vectors of a live probe, for one noise matrix; measured .95, .96 and .82 of 400."""
+    """With the two vectors of a live probe, for one noise matrix; measured .95, .82 and .76 of 400. Diagonal ones would flatter it."""
     n, rng, hits = 200, np.random.default_rng(5), []
-    steep = np.diag(1 / np.arange(1, n + 1))
+    levels = 1 / np.arange(1, n + 1) if kind == "steep" else np.r_[np.full(8, 10.0), np.full(n - 8, 0.2)]
+    turns = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(10)]
+    turned = [(turn * levels) @ turn.T for turn in turns]
     for seed in range(150):
-        if kind == "goe":
-            noise = goe(n, 1.0, rng)
-        else:
-            noise = np.diag(np.r_[np.full(8, 10.0), np.full(n - 8, 0.2)]) if kind == "few" else steep
+        noise = goe(n, 1.0, rng) if kind == "goe" else turned[seed % len(turned)]
         truth = np.sqrt(np.trace(noise @ noise) / n / 2)
         found = noise_scale(Dense(noise), Dense(np.zeros((n, n))), 2, seed)
         hits.append(abs(found.mean - truth) < 2 * found.stderr)
@@ -184,3 +183,10 @@ def test_refusals():
             known.at(size, dataset)
     assert known.at(10, 10).mean == 0.0
     assert isinstance(known, NoiseScale)
+
+
+def test_an_infinite_product_of_an_outlier_is_no_anisotropy():
+    """It is projected out of the random vectors, whose products stay finite."""
+    halves = [Dense(np.diag([1.0, 2.0, 3.0, 4.0, sign * 1.5e308])) for sign in (1, -1)]
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        noise_scale(*halves, outliers=torch.eye(5, dtype=torch.float64)[4:])

@@ -208,6 +208,16 @@ def test_without_noise_the_trust_part_is_left():
     assert (problem.A @ problem.x - problem.b).norm().item() < 1e-6
 
 
+def test_a_batch_without_noise_is_seen_where_the_spectrum_has_some():
+    """An epoch accumulated into one step, and the spectrum on one batch of it."""
+    problem = NoisyQuadratic(noise=0.0, damping=1.0)
+    control = controller(every=1, guard_steps="every").attach(problem.optimizer)
+    with pytest.raises(ValueError, match=r"more than the 0 .*SpectrumMonitor\(batches="):
+        control.update(positive_spectrum(), 0.0, spectrum_noise=0.5)
+    assert problem.run(control, 3) == pytest.approx([0.5, 0.25, 0.125])
+    assert control.report.ratio is None
+
+
 def test_the_trust_part_grows_where_the_model_is_wrong():
     p = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
     optimizer = DampedNewton([p], damping=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -13,19 +14,26 @@ from torch import nn
 
 from lightning_rmt import DampingController
 
+os.environ.setdefault("DDE_BACKEND", "pytorch")  # else DeepXDE asks for one
+
 ROOT = Path(__file__).parents[2]
 SECTION = (ROOT / "docs" / "damping.md").read_text(encoding="utf-8").split("## With libraries")[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+LIBRARIES = ["deepxde", "singd", "curvlinops", "pytorch_optimizer"]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using backward.. with create_graph=True:UserWarning",
+    "ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning",  # DeepXDE's own step
+)
 
 
 def test_every_library_has_a_block():
-    assert [re.search(r"from (\w+)", block)[1] for block in BLOCKS] == ["singd", "curvlinops", "pytorch_optimizer"]
+    assert [re.search(r"from (\w+)", block)[1] for block in BLOCKS] == LIBRARIES
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["singd", "curvlinops", "pytorch_optimizer"])
-def test_a_block_of_the_documentation_trains(block):
+@pytest.mark.parametrize("block", BLOCKS, ids=LIBRARIES)
+def test_a_block_of_the_documentation_trains(block, capsys):  # DeepXDE prints
     run = DigitsRun()
     batches = [[(run.x[rows], run.y[rows]) for rows in (run.rows(), run.rows())] for _ in range(10)]
     names = {
