@@ -37,6 +37,7 @@ from lightning_rmt.live.training import (
     log_directory,
     on_last_batch_of_fast_dev_run,
     seconds_left,
+    sharpness_limit,
     total_steps,
 )
 from lightning_rmt.reading import Reading
@@ -340,8 +341,13 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             warnings.warn(words, stacklevel=3)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draws the last reading's figures."""
+        """Draws the last reading's figures, and logs what the probes cost in all."""
         reading = self.reading
+        last = current_step(trainer) - 1
+        cost = self._schedule.overhead
+        if reading is not None and cost is not None and self.history[-1].step != last and not trainer.fast_dev_run:
+            share = {f"{self.name}/overhead": cost}
+            self._try_to_write(reading, lambda: self._report.log_scalars(trainer.loggers, share, last))
         if reading is not None and self._report.figures_every and not trainer.fast_dev_run:
             self._try_to_write(reading, lambda: self._report.log_figures(trainer.loggers, reading, self.history))
 
@@ -459,6 +465,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             batch_law=probed.batch_law,
             preconditioned=None if probed.metric is None else " and ".join(probed.metric.optimizers),
             stability_limit=None if probed.metric is None else probed.metric.limit,
+            sharpness_limit=sharpness_limit(trainer, pl_module, probed.parameters),
         )
         if speed == "light":
             self.light_reading = reading

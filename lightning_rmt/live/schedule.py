@@ -65,6 +65,7 @@ class Schedule:
         self.batches = batches
         self.probe_seconds = 0.0
         self.training_seconds = 0.0
+        self._timed = 0
         self._next: Decision | None = Decision(0, 0)
         self._review: int | None = None
         self._last_probe: int | None = None
@@ -113,16 +114,22 @@ class Schedule:
 
     @property
     def overhead(self) -> float | None:
-        """Time spent on probes over time spent on training so far; None before the first step was timed."""
+        """Time spent on probes over time spent on training so far; None before enough steps were timed to say so.
+
+        A probe over one step or two is no share of a training: the first probe takes hundreds of steps, and the first step
+        is a slow one.
+        """
         return self.overhead_with(0.0)
 
     def overhead_with(self, seconds: float) -> float | None:
         """`overhead` once a probe that took ``seconds`` is counted in."""
-        return (self.probe_seconds + seconds) / self.training_seconds if self.training_seconds > 0 else None
+        enough = self._timed >= STEPS_TO_MEASURE and self.training_seconds > 0
+        return (self.probe_seconds + seconds) / self.training_seconds if enough else None
 
     def stepped(self, seconds: float) -> None:
         """Notes how long a step of the training took, without the probe."""
         self.training_seconds += seconds
+        self._timed += 1
         self._step_seconds.append(seconds)
 
     def probed(self, step: int, seconds: float, recurring: float | None = None, speed: Speed = "full") -> None:
@@ -239,6 +246,7 @@ class Schedule:
             "light_cost": self._light_cost,
             "probe_seconds": self.probe_seconds,
             "training_seconds": self.training_seconds,
+            "timed": self._timed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,3 +260,4 @@ class Schedule:
         self._light_cost = None if state["light_cost"] is None else float(state["light_cost"])
         self.probe_seconds = float(state["probe_seconds"])
         self.training_seconds = float(state["training_seconds"])
+        self._timed = int(state.get("timed", STEPS_TO_MEASURE))
