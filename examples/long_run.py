@@ -181,7 +181,9 @@ def metric_table(run: Run) -> str:
         if sharpness is not None and (not reading.light or reading.step < run.module.steps / 10):
             rate, limit = reading.learning_rate or math.nan, reading.stability_limit or math.nan
             largest, share = with_error(level.value, level.residual), number(sharpness.value, 2)
-            rows.append([str(reading.step), number(run.loss(reading.step)), number(rate), largest, number(limit), share])
+            rows.append(
+                [str(reading.step), number(run.loss(reading.step)), number(rate), largest, number(limit), share]
+            )
     heads = ["step", "loss, mean of 100 steps", "learning rate", "λ_max in the metric", "limit", "λ_max over the limit"]
     return tabulate(rows, heads, "pipe", disable_numparse=True)
 

@@ -260,6 +260,16 @@ def test_fast_dev_run_probes_once(tmp_path, runs, batches):
     assert not list(tmp_path.rglob("*.npz"))
 
 
+def test_the_share_of_the_time_comes_once_it_means_something_and_at_the_end(tmp_path):
+    """Not at the first probe, which costs hundreds of the one step before it; the last value is the whole training's."""
+    watch = monitor(every_n_steps=10, lanczos_steps=5, figures_every=0)
+    trainer = fit(watch, tmp_path, max_epochs=4)
+    shares = {event.step: event.value for event in events(trainer.log_dir).Scalars("rmt/overhead")}
+    assert [entry.step for entry in watch.history] == [0, 10, 20, 30, 40]
+    assert list(shares) == [10, 20, 30, 40, 47]
+    assert shares[47] == pytest.approx(watch._schedule.probe_seconds / watch._schedule.training_seconds, rel=1e-6)
+
+
 def test_default_budget_probes_at_the_start_and_stays_within(tmp_path):
     watch = SpectrumMonitor(lanczos_steps=5, on_error="raise", figures_every=0, max_overhead=0.5)
     trainer = fit(watch, tmp_path, max_epochs=20)

@@ -165,6 +165,7 @@ def test_truth_and_bitwise_neutrality(real, tmp_path_factory):
     assert len(reading.levels) == (not bag and not casts)
     assert not casts or "computed in torch.float32" in reading.notes[0]
     assert not casts or "(loss_fn=)" in reading.notes[0]
+    assert not casts or "cross entropy of their logits" in reading.notes[0]
     assert len(reading.spectrum.top) >= (0 if "bf16-true" in real.case.name else 5)
 
 

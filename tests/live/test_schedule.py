@@ -54,6 +54,23 @@ def simulate(schedule, steps, step_seconds, full_seconds, light_seconds, total=m
     return probed["full"], probed["light"], schedule.overhead
 
 
+def test_a_share_of_the_time_takes_some_steps():
+    """The first probe, of 1 s after a step of 0.1 s, isn't 1000 %; and a resumed run remembers what it timed."""
+    schedule = Schedule(None, 0.05, 1)
+    for step in range(9):
+        schedule.stepped(0.1)
+        if step == 0:
+            schedule.probed(0, 1.0)
+        assert schedule.overhead is schedule.overhead_with(1.0) is None
+    resumed = Schedule(None, 0.05, 1)
+    resumed.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    assert resumed.overhead is None
+    for each in (schedule, resumed):
+        each.stepped(0.1)
+        assert each.overhead == pytest.approx(1.0)
+        assert each.overhead_with(1.0) == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("max_overhead", [0.02, 0.05, 0.5])
 def test_budget_is_kept_and_used(max_overhead):
     full, _, overhead = simulate(Schedule(None, max_overhead, 1), 40_000, 0.01, 0.8, 0.16)
