@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_rmt.callbacks.arguments import (
     at_least_one,
     choose,
@@ -17,6 +19,7 @@ from lightning_rmt.callbacks.arguments import (
     refuse_bad_values,
 )
 from lightning_rmt.krylov.collectives import LostRankError, OtherRankFailedError
+from lightning_rmt.live.announcement import too_short
 from lightning_rmt.live.batch_law import Turns, refuse_no_batch_law
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
@@ -324,7 +327,15 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         elif self._schedule.undecided(step):
             following = self._schedule.decide(step, self._total_steps, seconds_left(trainer))
             self._schedule.set_next(step, Decision(*Ranks.of(trainer).from_first(following)))
+            self._say_too_short()
         self._clock = time.perf_counter()
+
+    def _say_too_short(self) -> None:
+        """Once, if there will be one column in the heat map: that is no fault of the training's."""
+        full_steps = self._schedule.steps_of_a_full_probe
+        alone = sum(entry.speed == "full" for entry in self.history) == 1
+        if full_steps is not None and alone and self._once.is_new("too short"):
+            rank_zero_info(too_short(self.name, self._schedule.max_overhead, self._total_steps, full_steps))
 
     def _refuse_join(self, trainer: Any) -> None:
         """Turns the monitor off, without a word to other ranks: some may have run out of batches."""

@@ -49,6 +49,10 @@ class Schedule:
     Steps are counted as Lightning's loggers count them: batches after which an optimizer stepped, whatever the
     accumulation and the number of optimizers.
 
+    Attributes:
+        steps_of_a_full_probe: how many steps take as long as one, if `decide` found that the rest of the training pays for
+            none; None else.
+
     Args:
         every_n_steps: distance of the full probes, or None for the budget.
         max_overhead: the probes' share of the training time, for the budget.
@@ -73,6 +77,7 @@ class Schedule:
         self._light_since_full = 0
         self._full_cost = 0.0
         self._light_cost: float | None = None
+        self.steps_of_a_full_probe: float | None = None
         self._step_seconds: deque[float] = deque(maxlen=100)
 
     @property
@@ -180,6 +185,7 @@ class Schedule:
             total_steps = min(total_steps, step + math.floor(left / step_seconds))
         full, light = self._full_cost, self._light_cost or LIGHT_SHARE * self._full_cost
         between = self._between
+        self.steps_of_a_full_probe = None
         to_come = max(between - self._light_since_full, 0)
 
         if total_steps <= step or math.isinf(total_steps):
@@ -191,6 +197,7 @@ class Schedule:
             cycles = math.floor((affordable + self._light_since_full * light) / (full + between * light))
             last = total_steps - self.batches  # the last one comes just before the end
             if cycles < 1:
+                self.steps_of_a_full_probe = full / step_seconds
                 return self._light_to_the_end(step, last, math.floor(affordable / light) if between else 0)
             position = math.sqrt(self._last_full / total_steps)
             next_full = total_steps * (position + (1.0 - position) / cycles) ** 2

@@ -270,6 +270,21 @@ def test_the_share_of_the_time_comes_once_it_means_something_and_at_the_end(tmp_
     assert shares[47] == pytest.approx(watch._schedule.probe_seconds / watch._schedule.training_seconds, rel=1e-6)
 
 
+def test_a_training_too_short_for_a_second_full_probe_is_told_so(tmp_path, caplog):
+    """Once, with what to set; not where steps are given."""
+    watch = SpectrumMonitor(on_error="raise", figures_every=0, lanczos_steps=10, levels=None)
+    with caplog.at_level("INFO"):
+        fit(watch, tmp_path, max_epochs=4)
+    (said,) = [text for record in caplog.records if "for no second one" in (text := record.getMessage())]
+    found = re.search(r"as long as (\d+) steps, so that 5 % of this training of 48 steps pay .*every_n_steps=", said)
+    assert int(found[1]) > 0.05 * 48
+    assert [entry.step for entry in watch.history if entry.speed == "full"] == [0]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(monitor(), tmp_path / "steps", max_epochs=2)
+    assert not [record for record in caplog.records if "for no second one" in record.getMessage()]
+
+
 def test_default_budget_probes_at_the_start_and_stays_within(tmp_path):
     watch = SpectrumMonitor(lanczos_steps=5, on_error="raise", figures_every=0, max_overhead=0.5)
     trainer = fit(watch, tmp_path, max_epochs=20)

@@ -71,6 +71,23 @@ def test_a_share_of_the_time_takes_some_steps():
         assert each.overhead_with(1.0) == pytest.approx(2.0)
 
 
+def test_how_long_a_training_must_be_for_the_default_budget():
+    """With a full probe as long as 340 steps and a light one as long as 36, measured on a small GPT (docs/long_run.md)."""
+    probed = {}
+    for steps in (4000, 8000, 12_000, 20_000, 60_000):
+        schedule = Schedule(None, 0.05, 1)
+        full, light, _ = simulate(schedule, steps, 0.01, 3.4, 0.36, total=steps)
+        probed[steps] = len(full), len(light)
+    assert probed == {4000: (1, 0), 8000: (1, 0), 12_000: (1, 7), 20_000: (1, 18), 60_000: (5, 36)}
+
+
+@pytest.mark.parametrize(("steps", "found"), [(4000, 340), (20_000, 340), (60_000, None), (math.inf, None)])
+def test_a_budget_that_pays_for_no_further_full_probe_is_known_for_that(steps, found):
+    schedule = Schedule(None, 0.05, 1)
+    simulate(schedule, 15, 0.01, 3.4, 0.36, total=steps)
+    assert schedule.steps_of_a_full_probe == (None if found is None else pytest.approx(found))
+
+
 @pytest.mark.parametrize("max_overhead", [0.02, 0.05, 0.5])
 def test_budget_is_kept_and_used(max_overhead):
     full, _, overhead = simulate(Schedule(None, max_overhead, 1), 40_000, 0.01, 0.8, 0.16)
