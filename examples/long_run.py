@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -204,17 +204,20 @@ def cost_table(title: str, plain: Run, runs: dict[str, Run]) -> str:
     return tabulate(rows, [title, "no monitor", *runs], "pipe")
 
 
-def rates_table(name: str, steps: int, logs: Path) -> str:
-    """The loss at the end of shorter trainings with other learning rates."""
-    rows = []
+def rates_table(name: str, steps: int, logs: Path, **settings: Any) -> str:
+    """The loss of shorter trainings with other learning rates, and how near lambda_max came to the metric's limit."""
+    heads, rows = ["learning rate", "loss in the first tenth", "loss in the last tenth"], []
+    looks = {"every_n_steps": steps, "light_every_n_steps": max(steps // 10, 5), "lanczos_steps": 30, "levels": None}
+    looks |= {"preconditioned": True, "noise": False, "figures_every": 0, **settings}
     for rate in PLANS[name].others:
-        losses = torch.stack(train(name, steps, logs, rate=rate).module.losses)
-        rows.append(
-            [f"{rate:g}", *(number(float(part.mean())) for part in (losses[: steps // 10], losses[-steps // 10 :]))]
-        )
-    return tabulate(
-        rows, ["learning rate", "loss in the first tenth", "loss in the last tenth"], "pipe", disable_numparse=True
-    )
+        run = train(name, steps, logs, *([SpectrumMonitor(**looks)] if PLANS[name].metric else []), rate=rate)
+        losses, tenth = torch.stack(run.module.losses), steps // 10
+        rows.append([f"{rate:g}", *(number(float(part.mean())) for part in (losses[:tenth], losses[-tenth:]))])
+        if PLANS[name].metric:
+            shares = [r.sharpness_over_limit.value for r in run.readings if r.light and r.sharpness_over_limit]
+            rows[-1].append(f"{number(min(shares), 2)} to {number(max(shares), 2)}" if shares else "none certified")
+            heads = [*heads[:3], "λ_max over AdamW's limit, after the first tenth"]
+    return tabulate(rows, heads, "pipe", disable_numparse=True)
 
 
 def schedule_table(run: Run) -> str:
@@ -278,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[Run, dict[st
         runs = {title: train(name, steps, options.logs, *some) for title, some in monitors.items()}
         write(name, plain, runs, options.output)
         if PLANS[name].others:
-            rates = rates_table(name, max(steps // 4, 10), options.logs)
+            rates = rates_table(name, max(steps // 4, 10), options.logs, **(QUICK if options.quick else {}))
             print(rates, end="\n\n")
             (options.output / f"{name}_rates.md").write_text(rates + "\n", encoding="utf-8")
         if PLANS[name].longer:
