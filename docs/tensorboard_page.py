@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-#: The charts to begin with, as a filter of the time series.
-FIRST = tuple(
-    f"rmt/{tag}"
-    for tag in ("lambda_max", "sharpness_times_lr", "noise_edge", "spectrum", "spectrum_over_time", "overhead")
-)
+#: The charts to begin with, as a filter of the time series: of an ordinary spectrum, and of one in an optimizer's metric.
+FIRST = ("lambda_max", "sharpness_times_lr", "noise_edge", "spectrum", "spectrum_over_time", "overhead")
+FIRST_IN_METRIC = ("lambda_max", "preconditioned/sharpness_over_limit", *FIRST[2:])
+#: Titles in the custom scalars, likewise; the one that comes first, and one of the next group.
+TITLES = ("lambda_max against 2/lr", "largest eigenvalues")
+TITLES_IN_METRIC = ("lambda_max against its limit", "largest eigenvalues")
 _START_SECONDS = 60.0
 # What a reader sets by hand: all points within the charts (by default those far out are cut off), no settings beside them.
 _SETTINGS = """try {
@@ -216,17 +217,20 @@ def _last_row(card: Locator) -> tuple[float, int]:
     return float(found["Value"].replace("−", "-")), int(found["Step"])
 
 
-def take_pictures(log_directory: Path, beginning: str, browser: str) -> None:
-    """Of the dashboards, as ``<beginning>_<dashboard>.png``."""
+def take_pictures(
+    log_directory: Path, beginning: str, browser: str, name: str = "rmt", in_metric: bool = False
+) -> None:
+    """Of the dashboards, as ``<beginning>_<dashboard>.png``; of the monitor of this name."""
+    first, titles = (FIRST_IN_METRIC, TITLES_IN_METRIC) if in_metric else (FIRST, TITLES)
     with tensorboard(log_directory) as address, browser_page(browser, address) as page:
         board = Board(page, address)
-        board.time_series(FIRST)
+        board.time_series([f"{name}/{tag}" for tag in first])
         board.picture(Path(f"{beginning}_time_series.png"))
-        board.custom_scalars(["lambda_max against 2/lr", "largest eigenvalues"])
+        board.custom_scalars(titles)
         board.picture(Path(f"{beginning}_custom_scalars.png"))
-        board.images(["rmt/spectrum", "rmt/spectrum_over_time"])
+        board.images([f"{name}/spectrum", f"{name}/spectrum_over_time"])
         board.picture(Path(f"{beginning}_images.png"))
-        board.histogram("rmt/density")
+        board.histogram(f"{name}/density")
         board.picture(Path(f"{beginning}_histograms.png"), height=560)
 
 
@@ -235,12 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log_directory", type=Path, nargs="?", help="of one run")
     parser.add_argument("--output", default="docs/figures/tensorboard", help="beginning of the files' names")
+    parser.add_argument("--name", default="rmt", help="of the monitor")
+    parser.add_argument("--in-metric", action="store_true", help="it measures in an optimizer's metric")
     options = parser.parse_args(arguments)
     browser = find_browser()
     if browser is None:
         parser.error(f"no browser: none of {', '.join(BROWSERS)}; apt-get install chromium")
     if options.log_directory is not None:
-        take_pictures(options.log_directory, options.output, browser)
+        take_pictures(options.log_directory, options.output, browser, options.name, options.in_metric)
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import demo

@@ -72,6 +72,8 @@ class Reading:
             P^(-1/2) H P^(-1/2); None for the ordinary spectrum.
         stability_limit: of the largest eigenvalue there, for this optimizer's next step; None for an ordinary spectrum, and
             where the learning rate is 0.
+        sharpness_limit: of `sharpness_times_lr`, for the optimizer in use: 2 for gradient descent and where the optimizer
+            isn't known, ``2 (1 + momentum)`` for SGD with momentum; None where the optimizer scales the gradient (Adam).
     """
 
     step: int
@@ -98,6 +100,7 @@ class Reading:
     batch_law: BatchLaw | None = None
     preconditioned: str | None = None
     stability_limit: float | None = None
+    sharpness_limit: float | None = 2.0
 
     @property
     def light(self) -> bool:
@@ -106,7 +109,7 @@ class Reading:
 
     @property
     def sharpness_times_lr(self) -> float | None:
-        """``lambda_max * lr``; gradient descent on a quadratic is stable below 2 (Cohen et al. 2021).
+        """``lambda_max * lr``; gradient descent on a quadratic is stable below 2 (Cohen et al. 2021); see `sharpness_limit`.
 
         None without a learning rate, where a light reading didn't certify lambda_max, or in an optimizer's metric, whose
         limit isn't 2 (see `sharpness_over_limit`).

@@ -24,12 +24,12 @@ def written(tmp_path_factory):
 def test_all_three_trainings_end_alike_and_the_tables_hold_what_was_measured(written, name):
     found, folder = written
     plain, runs = found[name]
-    default, often = runs.values()
+    default, often, *in_metric = runs.values()
     assert default.full[0].step == 0
     assert [reading.step for reading in often.full] == [0, 10, 20]
     assert len(often.readings) > len(often.full)
     costs = (folder / f"{name}_cost.md").read_text(encoding="utf-8")
-    assert costs.count("yes, all bits") == 2
+    assert costs.count("yes, all bits") == len(runs) == (3 if name == "gpt" else 2)
     assert "NO" not in costs
     (largest,) = [
         line for line in (folder / f"{name}_spectrum.md").read_text(encoding="utf-8").splitlines() if "λ_max  " in line
@@ -38,6 +38,18 @@ def test_all_three_trainings_end_alike_and_the_tables_hold_what_was_measured(wri
     assert [cell.strip() for cell in largest.split("|")[2:-1]] == [with_error(a.value, a.residual) for a in levels]
     for picture in ("spectrum_over_time", "eigenvalues_over_time"):
         assert plt.imread(folder / f"{name}_{picture}.png").std() > 0.05
+    for run in in_metric:
+        rows = [
+            line.split("|")[1:-1] for line in (folder / "gpt_metric.md").read_text(encoding="utf-8").splitlines()[2:]
+        ]
+        sharpness = {r.step: r.sharpness_over_limit for r in run.readings if r.preconditioned == "AdamW"}
+        assert {0, 10, 20} <= {int(row[0]) for row in rows}
+        assert all(float(row[5]) == pytest.approx(sharpness[int(row[0])].value, rel=0.06) for row in rows)
+        # at rate lr, after t steps: 2 (1 + 0.9) (1 - 0.9^t) / (0.1 lr)
+        assert float(rows[0][4]) == pytest.approx(2 * 1.9 * 0.1 / 0.1 / float(rows[0][2]), rel=0.01)
+        rates = (folder / "gpt_rates.md").read_text(encoding="utf-8").splitlines()
+        assert len(rates) == 7
+        assert plt.imread(folder / "gpt_metric_eigenvalues_over_time.png").std() > 0.05
     if name == "cnn":
         rates = (folder / "cnn_rates.md").read_text(encoding="utf-8").splitlines()
         assert [row.split("|")[1].strip() for row in rates[2:]] == ["0.0125", "0.05", "0.2", "0.8", "3.2"]

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_rmt.callbacks.arguments import (
     at_least_one,
     choose,
@@ -18,6 +20,7 @@ from lightning_rmt.callbacks.arguments import (
 )
 from lightning_rmt.callbacks.failures import Failures
 from lightning_rmt.krylov.collectives import LostRankError
+from lightning_rmt.live.announcement import too_short
 from lightning_rmt.live.batch_law import Turns, refuse_no_batch_law
 from lightning_rmt.live.batches import BatchCollector, CapturedBatch
 from lightning_rmt.live.level_blocks import refuse_unusable_blocks, refuse_unusable_levels
@@ -210,6 +213,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         self._clock: float | None = None
         self._total_steps = math.inf
         self._capture_error: Exception | None = None
+        self._said_too_short = False
 
     @property
     def state_key(self) -> str:
@@ -323,11 +327,25 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         elif self._schedule.undecided(step):
             following = self._schedule.decide(step, self._total_steps, seconds_left(trainer))
             self._schedule.set_next(step, Decision(*Ranks.of(trainer).from_first(following)))
+            self._say_too_short()
         self._clock = time.perf_counter()
 
+    def _say_too_short(self) -> None:
+        """Once, if there will be one column in the heat map: that is no fault of the training's."""
+        full_steps = self._schedule.steps_of_a_full_probe
+        alone = sum(entry.speed == "full" for entry in self.history) == 1
+        if full_steps is not None and alone and not self._said_too_short:
+            self._said_too_short = True
+            rank_zero_info(too_short(self.name, self._schedule.max_overhead, self._total_steps, full_steps))
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draws the last reading's figures."""
+        """Draws the last reading's figures, and logs what the probes cost in all."""
         reading = self.reading
+        last = current_step(trainer) - 1
+        cost = self._schedule.overhead
+        if reading is not None and cost is not None and self.history[-1].step != last and not trainer.fast_dev_run:
+            share = {f"{self.name}/overhead": cost}
+            self._try_to_write(reading, lambda: self._report.log_scalars(trainer.loggers, share, last))
         if reading is not None and self._report.figures_every and not trainer.fast_dev_run:
             self._try_to_write(reading, lambda: self._report.log_figures(trainer.loggers, reading, self.history))
 
@@ -424,6 +442,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
         seconds = time.perf_counter() - begin
         reading = reading_of(
             trainer,
+            pl_module,
             probed,
             settings,
             step=step,
@@ -461,7 +480,7 @@ class SpectrumMonitor(*callback_bases()):  # type: ignore[misc]
             figures_every=self._report.figures_every, custom_scalars=self._report.custom_scalars
         )
         self.reading, self.light_reading, self.history = None, None, []
-        self._checked, self._learned, self._capture_error = False, None, None
+        self._checked, self._learned, self._capture_error, self._said_too_short = False, None, None, False
         self._turns, self._memory = Turns(self.batch_law_every), Memory()
         self._failures = Failures(self.name, self.on_error, off=self._failures.off)
 

@@ -147,7 +147,8 @@ def _refuse_other_precisions(loss: Tensor) -> None:
         raise ValueError(
             f"the loss is computed in {listed} between the block and its value, whatever the parameters' precision (a "
             "cast in the model, perhaps), and the rounding of anything but float64 is a random matrix itself. Give a loss "
-            "without that cast (loss_fn=)"
+            "without that cast (loss_fn=): models of transformers cast their logits in the loss that they return, so take "
+            "the cross entropy of their logits instead; or do without level statistics (levels=None)"
         )
 
 

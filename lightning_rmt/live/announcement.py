@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from lightning_rmt.curvature.double_precision import double_bytes
@@ -61,6 +63,24 @@ def announcement(
     return (
         f"{said}; then level statistics from the exact Hessian of up to {rows} parameters ({limit}, "
         f"{(copy + 4 * 8 * rows**2) / _MEBI:.2g} MiB after the rest is freed)"
+    )
+
+
+def too_short(name: str, max_overhead: float, total_steps: float, full_steps: float) -> str:
+    """That the budget pays for no full probe after the first, in words, and what to set.
+
+    Args:
+        name: the monitor's.
+        max_overhead: its share of the training's time.
+        total_steps: steps of the whole training, infinity where only its time is limited.
+        full_steps: how many steps take as long as a full probe.
+    """
+    length = "" if math.isinf(total_steps) else f" of {total_steps:.0f} steps"
+    return (
+        f"SpectrumMonitor {name!r}: a full probe takes as long as {full_steps:.0f} steps, so that {100 * max_overhead:.3g} "
+        f"% of this training{length} pay for no second one, at most for light ones. To see more of it, say when "
+        "(every_n_steps=, light_every_n_steps=), allow more (max_overhead=), or make probes smaller (lanczos_steps=50, "
+        "levels=None)"
     )
 
 

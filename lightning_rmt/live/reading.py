@@ -6,12 +6,13 @@ from typing import Any
 
 from lightning_rmt.live.measurement import LiveMeasurement
 from lightning_rmt.live.settings import ProbeSettings
-from lightning_rmt.live.training import dataset_size, learning_rate
+from lightning_rmt.live.training import dataset_size, learning_rate, sharpness_limit
 from lightning_rmt.reading import Reading
 
 
 def reading_of(
     trainer: Any,
+    module: Any,
     probed: LiveMeasurement,
     settings: ProbeSettings,
     *,
@@ -24,6 +25,7 @@ def reading_of(
 
     Args:
         trainer: the Trainer.
+        module: the LightningModule.
         probed: the measurement.
         settings: it was made with.
         step: optimizer steps so far.
@@ -60,4 +62,5 @@ def reading_of(
         batch_law=probed.batch_law,
         preconditioned=None if metric is None else " and ".join(metric.optimizers),
         stability_limit=None if metric is None else metric.limit,
+        sharpness_limit=sharpness_limit(trainer, module, probed.parameters),
     )

@@ -49,6 +49,10 @@ class Schedule:
     Steps are counted as Lightning's loggers count them: batches after which an optimizer stepped, whatever the
     accumulation and the number of optimizers.
 
+    Attributes:
+        steps_of_a_full_probe: how many steps take as long as one, if `decide` found that the rest of the training pays for
+            none; None else.
+
     Args:
         every_n_steps: distance of the full probes, or None for the budget.
         max_overhead: the probes' share of the training time, for the budget.
@@ -65,6 +69,7 @@ class Schedule:
         self.batches = batches
         self.probe_seconds = 0.0
         self.training_seconds = 0.0
+        self._timed = 0
         self._next: Decision | None = Decision(0, 0)
         self._review: int | None = None
         self._last_probe: int | None = None
@@ -72,6 +77,7 @@ class Schedule:
         self._light_since_full = 0
         self._full_cost = 0.0
         self._light_cost: float | None = None
+        self.steps_of_a_full_probe: float | None = None
         self._step_seconds: deque[float] = deque(maxlen=100)
 
     @property
@@ -113,16 +119,22 @@ class Schedule:
 
     @property
     def overhead(self) -> float | None:
-        """Time spent on probes over time spent on training so far; None before the first step was timed."""
+        """Time spent on probes over time spent on training so far; None before enough steps were timed to say so.
+
+        A probe over one step or two is no share of a training: the first probe takes hundreds of steps, and the first step
+        is a slow one.
+        """
         return self.overhead_with(0.0)
 
     def overhead_with(self, seconds: float) -> float | None:
         """`overhead` once a probe that took ``seconds`` is counted in."""
-        return (self.probe_seconds + seconds) / self.training_seconds if self.training_seconds > 0 else None
+        enough = self._timed >= STEPS_TO_MEASURE and self.training_seconds > 0
+        return (self.probe_seconds + seconds) / self.training_seconds if enough else None
 
     def stepped(self, seconds: float) -> None:
         """Notes how long a step of the training took, without the probe."""
         self.training_seconds += seconds
+        self._timed += 1
         self._step_seconds.append(seconds)
 
     def probed(self, step: int, seconds: float, recurring: float | None = None, speed: Speed = "full") -> None:
@@ -173,6 +185,7 @@ class Schedule:
             total_steps = min(total_steps, step + math.floor(left / step_seconds))
         full, light = self._full_cost, self._light_cost or LIGHT_SHARE * self._full_cost
         between = self._between
+        self.steps_of_a_full_probe = None
         to_come = max(between - self._light_since_full, 0)
 
         if total_steps <= step or math.isinf(total_steps):
@@ -184,6 +197,7 @@ class Schedule:
             cycles = math.floor((affordable + self._light_since_full * light) / (full + between * light))
             last = total_steps - self.batches  # the last one comes just before the end
             if cycles < 1:
+                self.steps_of_a_full_probe = full / step_seconds
                 return self._light_to_the_end(step, last, math.floor(affordable / light) if between else 0)
             position = math.sqrt(self._last_full / total_steps)
             next_full = total_steps * (position + (1.0 - position) / cycles) ** 2
@@ -239,6 +253,7 @@ class Schedule:
             "light_cost": self._light_cost,
             "probe_seconds": self.probe_seconds,
             "training_seconds": self.training_seconds,
+            "timed": self._timed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,3 +267,4 @@ class Schedule:
         self._light_cost = None if state["light_cost"] is None else float(state["light_cost"])
         self.probe_seconds = float(state["probe_seconds"])
         self.training_seconds = float(state["training_seconds"])
+        self._timed = int(state.get("timed", STEPS_TO_MEASURE))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_rmt.live.namespaces import timer_classes
+from lightning_rmt.optim.diagonal_metric import plain_limit
 
 
 def current_step(trainer: Any) -> int:
@@ -69,3 +71,9 @@ def learning_rate(trainer: Any) -> float | None:
     """The largest one over all parameter groups of all optimizers; None where no group has one."""
     rates = [float(g["lr"]) for optimizer in trainer.optimizers for g in optimizer.param_groups if "lr" in g]
     return max(rates, default=None)
+
+
+def sharpness_limit(trainer: Any, module: Any, names: Sequence[str]) -> float | None:
+    """Of the learning rate times lambda_max of these parameters, for their optimizers; see `plain_limit`."""
+    wanted = set(names)
+    return plain_limit(trainer.optimizers, (p for name, p in module.named_parameters() if name in wanted))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -118,6 +118,32 @@ def diagonal_metric(optimizers: Sequence[Optimizer], block: ParameterBlock) -> D
         optimizers=tuple(dict.fromkeys(kinds)),
         unmoved=tuple(name for name, root in zip(block.names, roots, strict=True) if root is None),
     )
+
+
+def plain_limit(optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]) -> float | None:
+    """The limit on the largest learning rate times lambda_max in the plain coordinates, where P is 1.
+
+    Args:
+        optimizers: all of them; the learning rate is the largest of any of their groups.
+        parameters: those that lambda_max is of.
+
+    Returns:
+        2 for gradient descent, ``2 (1 + momentum)`` for SGD with momentum, and 2 where an optimizer isn't known. Where
+        groups have learning rates of their own, below it no step is unstable. None where one scales the gradient, as Adam
+        does: the limit is on the curvature in its own metric; and where one ascends.
+    """
+    measured = {id(p) for p in parameters}
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+    own = [(optimizer, group) for optimizer, group in groups if any(id(p) in measured for p in group["params"])]
+    rules = [rule_of(optimizer) for optimizer, _ in own]
+    if any(rule not in (None, _sgd) for rule in rules) or any(group.get("maximize") for _, group in own):
+        return None
+    if None in rules or not own:
+        return 2.0
+    fastest = max(float(group["lr"]) for _, group in groups)
+    moved = [(group, float(group["lr"]) / fastest if fastest > 0 else 1.0) for _, group in own]
+    largest = max(_sgd({}, group, torch.float32).response * share for group, share in moved)
+    return 2.0 / largest if largest > 0 else None
 
 
 def _scaling(optimizer: Optimizer, group: dict[str, Any], p: Tensor, block: ParameterBlock) -> Scaling | None:

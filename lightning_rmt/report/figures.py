@@ -240,7 +240,7 @@ def _write_title(figure: Figure, reading: Reading) -> None:
     level = spectrum.lambda_max
     exact = level.residual <= 1e-4 * abs(level.value)  # then all the digits shown are certain
     largest = number(level.value, 4) if exact else with_error(level.value, level.residual)
-    uncertain = "" if level.certified or exact else " (not converged)"
+    uncertain = "" if spectrum.converged(level) or exact else " (not converged)"
     trace = with_error(spectrum.trace.mean, spectrum.trace.stderr)
     figure.text(
         0.012,

@@ -127,6 +127,7 @@ class HistoryEntry:
         spacing_ratios: scope, mean spacing ratio and its standard error, where there are any.
         preconditioned: the optimizer in whose metric the eigenvalues are, None for the plain coordinates.
         stability_limit: of lambda_max in that metric; None where there is none.
+        sharpness_limit: of lambda_max times the learning rate in the plain coordinates; None where there is none.
     """
 
     step: int
@@ -153,6 +154,7 @@ class HistoryEntry:
     spacing_ratios: tuple[tuple[str, float, float], ...] = ()
     preconditioned: str | None = None
     stability_limit: float | None = None
+    sharpness_limit: float | None = 2.0
 
     @classmethod
     def from_reading(cls, reading: Reading) -> HistoryEntry:
@@ -192,6 +194,7 @@ class HistoryEntry:
             ),
             preconditioned=reading.preconditioned,
             stability_limit=_float(reading.stability_limit),
+            sharpness_limit=_float(reading.sharpness_limit),
         )
 
     @property
@@ -203,13 +206,19 @@ class HistoryEntry:
 
     @property
     def limit(self) -> float | None:
-        """The stability limit that these eigenvalues are to be compared with: of gradient descent, or of the optimizer."""
-        return self.two_over_lr if self.preconditioned is None else self.stability_limit
+        """The stability limit of lambda_max for the optimizer in use; None where there is none for these eigenvalues."""
+        if self.preconditioned is not None:
+            return self.stability_limit
+        if self.two_over_lr is None or self.sharpness_limit is None:
+            return None
+        return 0.5 * self.sharpness_limit * self.two_over_lr
 
     @property
     def limit_name(self) -> str:
         """What a legend calls it."""
-        return "2/lr" if self.preconditioned is None else f"{self.preconditioned}'s limit"
+        if self.preconditioned is not None:
+            return f"{self.preconditioned}'s limit"
+        return f"{self.sharpness_limit or 2.0:.3g}/lr"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, floats, ints, strings and None: fit for JSON and for a checkpoint."""

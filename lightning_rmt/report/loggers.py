@@ -76,6 +76,14 @@ class LoggerReport:
             if due:
                 self.log_figures(loggers, reading, history)
 
+    def log_scalars(self, loggers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
+        """Writes numbers that belong to no reading, by tag; only rank 0 does anything."""
+        if is_rank_zero():
+            each(
+                list(loggers),
+                lambda logger: logger.log_metrics({tag_for(tag, logger): v for tag, v in values.items()}, step=step),
+            )
+
     def log_figures(self, loggers: Iterable[Any], reading: Reading, history: Sequence[HistoryEntry]) -> None:
         """Draws the figures and gives them to the loggers that take any, unless this step's were already drawn.
 

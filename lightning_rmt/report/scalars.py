@@ -57,7 +57,7 @@ def caveats(reading: Reading) -> dict[str, str]:
     if reading.light:  # which logs certified values only
         return {}
     for end, level in (("max", spectrum.lambda_max), ("min", spectrum.lambda_min)):
-        if not level.certified and level.residual > 0.0:
+        if not spectrum.converged(level):
             found[f"{reading.name}/lambda_{end}"] = (
                 f"not converged: an eigenvalue lies within {number(level.residual)} of it, and it need not be the "
                 "outermost; more Lanczos steps settle it"
@@ -302,7 +302,7 @@ def _run(reading: Reading) -> Iterator[_Item]:
     yield _Item("two_over_lr", 2.0 / learning_rate if curvature and learning_rate else None, reason)
     yield from _edge_of_stability(reading)
     yield _Item("probe_seconds", reading.seconds, "")
-    yield _Item("overhead", reading.overhead, "the training's time was not measured")
+    yield _Item("overhead", reading.overhead, "too few steps of the training were timed so far for a share of its time")
     yield _Item("products", reading.spectrum.products, "")
     for tag in ("symmetry_error", "repeat_error"):
         if getattr(reading, tag) is not None:  # tested once, which needs no sentence later

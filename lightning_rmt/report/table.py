@@ -29,7 +29,7 @@ def _row(reading: Reading) -> tuple[str, ...]:
         shown = [with_error(level.value, level.residual) if level.certified else "" for level in ends]
         whole = ["light", "", ""]
     else:
-        shown = [("" if level.certified else "~") + with_error(level.value, level.residual) for level in ends]
+        shown = [("" if spectrum.converged(level) else "~") + with_error(level.value, level.residual) for level in ends]
         trace = with_error(spectrum.trace.mean, spectrum.trace.stderr)
         whole = [trace, f"{_count(spectrum, 'high')} / {_count(spectrum, 'low')}", _edges(spectrum)]
     return (

@@ -178,9 +178,9 @@ def _draw_limit(axes: Axes, entries: Sequence[HistoryEntry], lowest: float, high
         return
     x, y = zip(*limits, strict=True)
     marker = "_" if len(limits) == 1 else None
-    axes.plot(
-        x, y, color=style.LIMIT, linewidth=1.3, linestyle=(0, (5, 2.5)), marker=marker, label=entries[-1].limit_name
-    )
+    names = {entry.limit_name for entry in entries if entry.limit is not None}  # several where the momentum changes
+    label = names.pop() if len(names) == 1 else "stability limit"
+    axes.plot(x, y, color=style.LIMIT, linewidth=1.3, linestyle=(0, (5, 2.5)), marker=marker, label=label)
 
 
 def _draw_eigenvalues(axes: Axes, entries: Sequence[HistoryEntry]) -> None:

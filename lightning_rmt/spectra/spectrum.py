@@ -108,6 +108,14 @@ class Spectrum:
         """Smallest Ritz value; without a certificate it is an upper bound on the smallest eigenvalue."""
         return self._extreme(0)
 
+    def converged(self, level: Level) -> bool:
+        """Whether one of these levels is as exact as the products are; one that is zero is, though it isn't certified.
+
+        A certificate is about relative accuracy, which a value within rounding of zero has none of.
+        """
+        scale = max(abs(self.lambda_max.value), abs(self.lambda_min.value))
+        return level.certified or level.residual <= 2 * self.noise * scale
+
     def _extreme(self, index: int) -> Level:
         if self._levels is not None and self._levels.level(index).certified:
             return self._levels.level(index)

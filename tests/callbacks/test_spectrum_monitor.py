@@ -261,6 +261,31 @@ def test_fast_dev_run_probes_once(tmp_path, runs, batches):
     assert not list(tmp_path.rglob("*.npz"))
 
 
+def test_the_share_of_the_time_comes_once_it_means_something_and_at_the_end(tmp_path):
+    """Not at the first probe, which costs hundreds of the one step before it; the last value is the whole training's."""
+    watch = monitor(every_n_steps=10, lanczos_steps=5, figures_every=0)
+    trainer = fit(watch, tmp_path, max_epochs=4)
+    shares = {event.step: event.value for event in events(trainer.log_dir).Scalars("rmt/overhead")}
+    assert [entry.step for entry in watch.history] == [0, 10, 20, 30, 40]
+    assert list(shares) == [10, 20, 30, 40, 47]
+    assert shares[47] == pytest.approx(watch._schedule.probe_seconds / watch._schedule.training_seconds, rel=1e-6)
+
+
+def test_a_training_too_short_for_a_second_full_probe_is_told_so(tmp_path, caplog):
+    """Once, with what to set; not where steps are given."""
+    watch = SpectrumMonitor(on_error="raise", figures_every=0, lanczos_steps=10, levels=None)
+    with caplog.at_level("INFO"):
+        fit(watch, tmp_path, max_epochs=4)
+    (said,) = [text for record in caplog.records if "for no second one" in (text := record.getMessage())]
+    found = re.search(r"as long as (\d+) steps, so that 5 % of this training of 48 steps pay .*every_n_steps=", said)
+    assert int(found[1]) > 0.05 * 48
+    assert [entry.step for entry in watch.history if entry.speed == "full"] == [0]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(monitor(), tmp_path / "steps", max_epochs=2)
+    assert not [record for record in caplog.records if "for no second one" in record.getMessage()]
+
+
 def test_default_budget_probes_at_the_start_and_stays_within(tmp_path):
     watch = SpectrumMonitor(lanczos_steps=5, on_error="raise", figures_every=0, max_overhead=0.5)
     trainer = fit(watch, tmp_path, max_epochs=20)

@@ -63,7 +63,7 @@ def run(tmp_path_factory):
 
 def test_the_time_series_end_with_the_numbers_that_were_measured(run):
     readings, board, _ = run
-    shown = board.time_series(FIRST)
+    shown = board.time_series([f"rmt/{tag}" for tag in FIRST])
     last = scalars(readings[-1])
     assert [tag for tag, number in shown.items() if number is None] == ["rmt/spectrum", "rmt/spectrum_over_time"]
     for tag in ("rmt/lambda_max", "rmt/sharpness_times_lr"):
@@ -115,7 +115,7 @@ def test_without_the_monitor_nothing_of_it_is_there(run):
     *_, plain = run
     assert plain.time_series(["train_loss"])["train_loss"] is not None
     looks = [
-        lambda: plain.time_series(FIRST),
+        lambda: plain.time_series([f"rmt/{tag}" for tag in FIRST]),
         lambda: plain.custom_scalars(["lambda_max against 2/lr"]),
         lambda: plain.images(FIGURES),
         lambda: plain.histogram("rmt/density"),

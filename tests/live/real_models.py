@@ -259,6 +259,7 @@ MODELS = (
     Real(Case("PINN", Poisson, collocation), None, "net.2.weight"),
     Real(named("LBFGS"), None, "net.*"),
     Real(named("compiled, aot_eager"), None, "net.*"),
+    Real(named("compiled, inductor"), None, "net.*"),
     Real(
         Case("GPT-2, activation checkpoints", lambda: gpt2(reentrant=False), text, loss_fn=next_token),
         ("*.attn.*.bias", "*.ln_1.*"),

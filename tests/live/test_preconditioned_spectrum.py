@@ -282,6 +282,10 @@ def test_sgd_has_the_ordinary_spectrum_and_its_own_limit(tmp_path):
     _, plain, _ = fit(tmp_path / "plain", sgd, monitor(preconditioned=False))
     np.testing.assert_array_equal(watch.reading.spectrum.nodes, plain.reading.spectrum.nodes)
     assert watch.reading.stability_limit == pytest.approx(2 * 1.9 / 0.01)
+    assert plain.reading.sharpness_limit == pytest.approx(3.8)
+    assert plain.history[-1].limit == pytest.approx(watch.reading.stability_limit)
+    _, of_adam, _ = fit(tmp_path / "adam", adam, monitor(preconditioned=False))
+    assert of_adam.reading.sharpness_limit is of_adam.history[-1].limit is None
 
 
 class FullBatch(torch.utils.data.Dataset):

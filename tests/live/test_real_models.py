@@ -8,6 +8,7 @@ differentiates twice, in the training's precision, on the live module.
 from __future__ import annotations
 
 import copy
+import shutil
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -141,7 +142,15 @@ def misses(real: Real, monitor: Watched, H: Matrix, names: list[str]) -> set[str
     return {what for what, ok in held.items() if not ok}
 
 
-@pytest.mark.parametrize("real", MODELS, ids=str)
+INDUCTOR = (
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
+)
+
+
+@pytest.mark.parametrize(
+    "real", [pytest.param(real, marks=INDUCTOR if real.case.compiled == "inductor" else ()) for real in MODELS], ids=str
+)
 def test_truth_and_bitwise_neutrality(real, tmp_path_factory):
     directory = tmp_path_factory.getbasetemp()
     monitor, prints = watched(real, directory)
@@ -156,6 +165,7 @@ def test_truth_and_bitwise_neutrality(real, tmp_path_factory):
     assert len(reading.levels) == (not bag and not casts)
     assert not casts or "computed in torch.float32" in reading.notes[0]
     assert not casts or "(loss_fn=)" in reading.notes[0]
+    assert not casts or "cross entropy of their logits" in reading.notes[0]
     assert len(reading.spectrum.top) >= (0 if "bf16-true" in real.case.name else 5)
 
 

@@ -54,6 +54,40 @@ def simulate(schedule, steps, step_seconds, full_seconds, light_seconds, total=m
     return probed["full"], probed["light"], schedule.overhead
 
 
+def test_a_share_of_the_time_takes_some_steps():
+    """The first probe, of 1 s after a step of 0.1 s, isn't 1000 %; and a resumed run remembers what it timed."""
+    schedule = Schedule(None, 0.05, 1)
+    for step in range(9):
+        schedule.stepped(0.1)
+        if step == 0:
+            schedule.probed(0, 1.0)
+        assert schedule.overhead is schedule.overhead_with(1.0) is None
+    resumed = Schedule(None, 0.05, 1)
+    resumed.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    assert resumed.overhead is None
+    for each in (schedule, resumed):
+        each.stepped(0.1)
+        assert each.overhead == pytest.approx(1.0)
+        assert each.overhead_with(1.0) == pytest.approx(2.0)
+
+
+def test_how_long_a_training_must_be_for_the_default_budget():
+    """With a full probe as long as 340 steps and a light one as long as 36, measured on a small GPT (docs/long_run.md)."""
+    probed = {}
+    for steps in (4000, 8000, 12_000, 20_000, 60_000):
+        schedule = Schedule(None, 0.05, 1)
+        full, light, _ = simulate(schedule, steps, 0.01, 3.4, 0.36, total=steps)
+        probed[steps] = len(full), len(light)
+    assert probed == {4000: (1, 0), 8000: (1, 0), 12_000: (1, 7), 20_000: (1, 18), 60_000: (5, 36)}
+
+
+@pytest.mark.parametrize(("steps", "found"), [(4000, 340), (20_000, 340), (60_000, None), (math.inf, None)])
+def test_a_budget_that_pays_for_no_further_full_probe_is_known_for_that(steps, found):
+    schedule = Schedule(None, 0.05, 1)
+    simulate(schedule, 15, 0.01, 3.4, 0.36, total=steps)
+    assert schedule.steps_of_a_full_probe == (None if found is None else pytest.approx(found))
+
+
 @pytest.mark.parametrize("max_overhead", [0.02, 0.05, 0.5])
 def test_budget_is_kept_and_used(max_overhead):
     full, _, overhead = simulate(Schedule(None, max_overhead, 1), 40_000, 0.01, 0.8, 0.16)

@@ -8,7 +8,7 @@ from torch import nn, optim
 
 from lightning_rmt.curvature.parameters import ParameterBlock
 from lightning_rmt.optim import diagonal_metric as module
-from lightning_rmt.optim.diagonal_metric import diagonal_metric, rule_of
+from lightning_rmt.optim.diagonal_metric import diagonal_metric, plain_limit, rule_of
 
 MEMORY = {"betas": (0.9, 1 - 1e-6)}  # a second moment that stays what it is for the 80 steps of a test
 LATE = 3e7  # steps after which it is no longer corrected
@@ -94,6 +94,35 @@ def test_groups_of_their_own_share_one_limit():
 
         found = growth(Both(), ps, hessian)
         assert (found > 10) if share > 1 else (found < 0.1), (share, found)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "dampened", "nesterov"])
+def test_iterates_diverge_just_above_the_plain_limit(name):
+    """Of the largest rate times lambda_max, also where another group of the optimizer is faster and not measured."""
+    kind, options, state = FROZEN[name]
+    base = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    for side, share in (("below", 0.97), ("above", 1.03)):
+        p, faster = nn.Parameter(torch.zeros(2, dtype=torch.float64)), nn.Parameter(torch.zeros(2))
+        groups = [{"params": [p]}, {"params": [faster], "lr": 0.05}]
+        alone, both = (prepared(kind, some, {"lr": 1e-2, **options}, state) for some in ([p], groups))
+        limit = plain_limit([alone], [p]) / 1e-2
+        assert plain_limit([both], [p]) / 0.05 == pytest.approx(limit)
+        found = growth(alone, [p], base * share * limit / torch.linalg.eigvalsh(base)[-1])
+        assert (found > 10) if side == "above" else (found < 0.1), (side, found)
+
+
+def test_the_plain_limit_where_the_step_is_not_known_sgd():
+    p = nn.Parameter(torch.zeros(2))
+
+    class Other(optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 0.1, "momentum": 0.9})
+
+    assert plain_limit([optim.SGD([p], lr=0.0, momentum=0.9)], [p]) == pytest.approx(3.8)  # a warm-up from 0
+    assert plain_limit([Other([p])], [p]) == 2
+    assert plain_limit([optim.SGD([p], lr=0.1, momentum=0.9)], [nn.Parameter(torch.zeros(2))]) == 2
+    assert plain_limit([optim.AdamW([p], lr=0.1)], [p]) is None
+    assert plain_limit([optim.SGD([p], lr=0.1, maximize=True)], [p]) is None
 
 
 def test_the_published_threshold():

@@ -208,6 +208,24 @@ def test_heat_map_marks_outliers_levels_and_the_limit(run):
     assert list(marks["2/lr"].get_ydata()) == pytest.approx([2 / 0.11] * 3 + [8.0])
 
 
+def test_the_limit_is_that_of_the_optimizer(run):
+    """With momentum 0.9 at 3.8 / lr, under its name; with Adam, whose limit isn't in these coordinates, nowhere."""
+    history = [HistoryEntry.from_reading(replace(reading, sharpness_limit=3.8)) for reading in run]
+    marks = lines(heat_map_figure(history).axes[0])
+    assert list(marks["3.8/lr"].get_ydata()) == pytest.approx([3.8 / 0.11] * 3 + [15.2])
+    assert "3.8/lr" in lines(outliers_over_time_figure(history).axes[0])
+    changing = [replace(history[0], sharpness_limit=3.7), *history[1:]]
+    assert lines(heat_map_figure(changing).axes[0])["stability limit"].get_ydata()[0] == pytest.approx(3.7 / 0.11)
+    adam = [HistoryEntry.from_reading(replace(reading, sharpness_limit=None)) for reading in run]
+    for figure in (
+        heat_map_figure(adam),
+        outliers_over_time_figure(adam),
+        spectrum_figure(replace(run[-1], sharpness_limit=None)),
+    ):
+        assert "lr" not in all_words(figure)
+    assert "3.8/lr = " in all_words(spectrum_figure(replace(run[-1], sharpness_limit=3.8, learning_rate=0.5)))
+
+
 def test_a_repeated_step_is_drawn_once_with_its_last_reading(run):
     history = history_of(run)
     again = replace(history[0], step=10)

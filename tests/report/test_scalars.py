@@ -142,6 +142,10 @@ def test_a_spectrum_of_zeros_is_said_to_be_one(reading_of):
 def test_caveats_name_what_means_less_than_it_says(trained, known, reading_of):
     assert caveats(trained) == {}
     assert "not converged" in caveats(known("four steps"))["rmt/lambda_max"]
+    gram = np.concatenate([np.zeros(20), [1.0, 2.0, 4.0]])  # lambda_min is 0 to rounding, which nothing certifies
+    assert not reading_of(gram).spectrum.lambda_min.certified
+    assert not any("lambda" in tag for tag in caveats(reading_of(gram)))
+    assert "not converged" in caveats(reading_of(np.linspace(1e-9, 1.0, 400), steps=30))["rmt/lambda_min"]
     short = reading_of(trained_truth(), steps=40)
     assert scalars(short)["rmt/outliers/count_high"] == 9
     assert caveats(short)["rmt/outliers/count_high"].startswith("a lower bound")
