@@ -66,7 +66,7 @@ def layout(name: str, preconditioned: bool = False) -> dict[str, dict[str, list[
         return ["Multiline", [f"{re.escape(name)}/{tag}$" for tag in tags]]  # matched from the start of the tag only
 
     rate = {
-        "lambda_max times lr, limit of SGD: 2": lines("sharpness_times_lr"),
+        "lambda_max lr, SGD limit 2(1+momentum)": lines("sharpness_times_lr"),
         "lambda_max against 2/lr": lines("lambda_max", "two_over_lr"),
     }
     if preconditioned:

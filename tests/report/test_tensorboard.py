@@ -61,7 +61,7 @@ def test_layout_matches_whole_tags_only():
     groups = layout("net.a")
     assert list(groups) == ["net.a: learning rate, batch, damping", "net.a: spectrum", "net.a: cost"]
     charts = {title: chart for group in groups.values() for title, chart in group.items()}
-    assert next(iter(charts)).startswith("lambda_max times lr")
+    assert next(iter(charts)).startswith("lambda_max lr, SGD limit 2(1+momentum)")
     kind, (largest, limit) = charts["lambda_max against 2/lr"]
     assert kind == "Multiline"
     assert re.match(largest, "net.a/lambda_max")
