@@ -23,8 +23,8 @@ class NoiseScale:
         stderr: one standard error of it, from how much the random vectors differ (`_scale_and_error`): how well these two
             half batches' noise is known, not how it differs from batch to batch. None with one vector. Of 400 simulated
             scales, in coordinates that know nothing of the noise, were within two of it, with two vectors: 95 % for GOE
-            noise, 82 % where eight of 200 directions carry it, 76 % for a spectrum that falls as 1 / i; with eight 95 %, 94 %
-            and 89 %.
+            noise, 82 % where eight of 200 directions carry it, 76 % for a spectrum that falls as 1 / i; with eight 95 %,
+            94 % and 89 %.
         batch_size: samples; None where the operators don't say how many they have.
         anisotropy: variance that the noise has in the outliers' directions over ``s^2``, as far as it leads away from
             them: it is what moves an outlier from theta to about ``theta + anisotropy * s^2 / theta``. 1 for a GOE; 40 to 60

@@ -56,7 +56,10 @@ def test_the_standard_error_is_that_of_repeats():
 
 @pytest.mark.parametrize(("kind", "least"), [("goe", 0.90), ("few", 0.70), ("steep", 0.65)])
 def test_the_truth_is_within_two_standard_errors(kind, least):
-    """With the two vectors of a live probe, for one noise matrix; measured .95, .82 and .76 of 400. Diagonal ones would flatter it."""
+    """With the two vectors of a live probe, for one noise matrix; measured .95, .82 and .76 of 400.
+
+    Diagonal matrices would flatter it.
+    """
     n, rng, hits = 200, np.random.default_rng(5), []
     levels = 1 / np.arange(1, n + 1) if kind == "steep" else np.r_[np.full(8, 10.0), np.full(n - 8, 0.2)]
     turns = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(10)]
