@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import SubsetRandomSampler
+
 from lightning_rmt.live.namespaces import timer_classes
 from lightning_rmt.optim.diagonal_metric import plain_limit
 
@@ -34,7 +36,10 @@ def dataset_size(trainer: Any) -> float:
         loader = trainer.train_dataloader
         if loader.batch_size is None:  # it counts whole batches
             return math.inf
-        size = float(len(loader.dataset))
+        sampler = getattr(loader, "sampler", None)
+        if getattr(sampler, "replacement", False):  # whatever was drawn may come again
+            return math.inf
+        size = float(len(sampler if isinstance(sampler, SubsetRandomSampler) else loader.dataset))
         if trainer.overfit_batches:  # the same few batches in every epoch
             size = min(size, float(trainer.num_training_batches * loader.batch_size * trainer.world_size))
         return size

@@ -217,8 +217,8 @@ class DampingController:
         spectrum = spectrum_argument(spectrum)
         state.largest = max(abs(spectrum.lambda_max.value), abs(spectrum.lambda_min.value))
         state.noise_free = 0 <= noise <= NOISE_FREE * state.largest  # also where the spectrum has too much of it
-        found = self_consistent_damping(noise, spectrum, spectrum_noise=spectrum_noise)
-        state.local_law = found
+        state.local_law = None  # that of an earlier spectrum, where this one is refused
+        state.local_law = found = self_consistent_damping(noise, spectrum, spectrum_noise=spectrum_noise)
         if knob.controls and not state.noise_free and found > 0:
             if knob.method == "local-law" and state.started:
                 factor = change(found / state.damping, settings.max_change)

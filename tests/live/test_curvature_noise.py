@@ -18,7 +18,7 @@ from live_models import Classifier, vectors
 from several_ranks import on_two_ranks
 from test_bitwise_distributed import ddp
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from lightning_rmt.live import noise as live_noise
 from lightning_rmt.live.training import dataset_size
@@ -66,6 +66,14 @@ def test_against_dense_halves_of_the_batch(tmp_path, monkeypatch):
 def test_a_loader_of_whole_batches_does_not_say_how_many_samples_there_are():
     data = TensorDataset(torch.zeros(7, 3))
     for loader, size in ((DataLoader(data, 2), 7), (DataLoader(data, batch_size=None), math.inf), ([1], math.inf)):
+        assert dataset_size(SimpleNamespace(train_dataloader=loader, overfit_batches=0.0)) == size
+
+
+def test_a_sampler_says_how_many_samples_it_draws_from():
+    data = TensorDataset(torch.zeros(7, 3))
+    samplers = (SubsetRandomSampler([0, 2, 4]), 3), (WeightedRandomSampler([1.0] * 7, 7), math.inf)
+    for sampler, size in samplers:
+        loader = DataLoader(data, 2, sampler=sampler)
         assert dataset_size(SimpleNamespace(train_dataloader=loader, overfit_batches=0.0)) == size
 
 
