@@ -80,9 +80,9 @@ class OutsideState:
             self._warned = True
             warnings.warn(
                 f"{type(self._optimizer).__name__} keeps tensors in {', '.join(hidden)} and not in its state_dict: a step "
-                "that is undone, or taken again with another damping, leaves them changed. Unless each step makes them anew, "
-                "pass attach(optimizer, state=[(get, set)]) with functions that read and set them, or an object that has a "
-                "state_dict",
+                "that is undone, or taken again with another damping, leaves them changed. Unless each step makes them "
+                "anew, pass attach(optimizer, state=[(get, set)]) with functions that read and set them, or an object that "
+                "has a state_dict",
                 RuntimeWarning,
                 stacklevel=3,
             )

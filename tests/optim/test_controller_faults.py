@@ -442,3 +442,12 @@ def test_a_wrong_spectrum_or_noise():
         control.update([1.0], 1.0)
     with pytest.raises(ValueError, match="at least 0"):
         control.update(goe_spectrum(), -1.0)
+
+
+def test_a_refused_spectrum_leaves_no_damping_of_an_earlier_one():
+    control = controller().attach(NoisyQuadratic().optimizer)
+    control.update(goe_spectrum(), 1.0, spectrum_noise=0.0)
+    assert control.state_dict()["local_law"] > 0
+    with pytest.raises(ValueError, match="more than the 0.1 of the matrix that is damped"):
+        control.update(goe_spectrum(), 0.1, spectrum_noise=1.0)
+    assert control.state_dict()["local_law"] is None
