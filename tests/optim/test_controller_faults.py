@@ -448,6 +448,6 @@ def test_a_refused_spectrum_leaves_no_damping_of_an_earlier_one():
     control = controller().attach(NoisyQuadratic().optimizer)
     control.update(goe_spectrum(), 1.0, spectrum_noise=0.0)
     assert control.state_dict()["local_law"] > 0
-    with pytest.raises(ValueError, match="more than the 0.1 of the matrix that is damped"):
+    with pytest.raises(ValueError, match=r"more than the 0\.1 of the matrix that is damped"):
         control.update(goe_spectrum(), 0.1, spectrum_noise=1.0)
     assert control.state_dict()["local_law"] is None
