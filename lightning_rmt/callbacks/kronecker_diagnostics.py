@@ -21,7 +21,6 @@ from lightning_rmt.report.kronecker import KroneckerReport
 
 STATE_VERSION = 1
 CLIPPED = "gradients are taken before they are clipped, which weighs the steps differently than the optimizer does"
-
 SAME_DATA = (
     "every step sees the same data, so that gradients differ by the training's drift alone: effective samples, q and "
     "eigenvalue biases are meant for independent batches, and the gain is that of these data"
@@ -205,8 +204,8 @@ class KroneckerDiagnostics(*callback_bases()):  # type: ignore[misc]
         assert window is not None
         every = self.every_n_steps
         self._due = None if every is None else -(-current_step(trainer) // every) * every
-        clipped, same = bool(trainer.gradient_clip_val), takes_all_data(trainer)
-        notes = (*([CLIPPED] if clipped else []), *([SAME_DATA] if same else []))
+        said = {CLIPPED: bool(trainer.gradient_clip_val), SAME_DATA: takes_all_data(trainer)}
+        notes = tuple(note for note, holds in said.items() if holds)
 
         def finish() -> None:
             reading = window.finish(notes)

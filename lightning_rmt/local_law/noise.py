@@ -156,9 +156,8 @@ def noise_scale(
     if not all(bool(found.isfinite().all()) for found in (products, fourth, moved, along) if found is not None):
         raise NonFiniteError("the difference of the halves' products is NaN or infinite")
 
-    scale, error = _scale_and_error(
-        products / 2.0, overlaps, fourth[:probes] / 4.0
-    )  # the halves' difference has both their noises
+    # the halves' difference has both their noises
+    scale, error = _scale_and_error(products / 2.0, overlaps, fourth[:probes] / 4.0)
     anisotropy = spread = outlier = None
     if along is not None:
         outlier = math.sqrt(float((along**2).mean()) / 2.0)

@@ -39,7 +39,7 @@ class OutsideState:
         self._sources = [_pair(source) for source in sources]
         if _own_part(self._optimizer):
             self._sources.append((lambda: _own_part(self._optimizer), self._load_own_part))
-        self._warned = False
+        self._looks = 2  # at what is there from the beginning, and at what the first step makes
 
     def keep(self) -> Callable[[], None]:
         """Copies it.
@@ -65,9 +65,13 @@ class OutsideState:
             restore()
 
     def warn_of_hidden(self) -> None:
-        """Warns once where the optimizer's attributes hold tensors which nobody told us of: they can't be put back."""
-        if self._warned:
+        """Warns where the optimizer's attributes hold tensors which nobody told us of: they can't be put back.
+
+        To be called before and after the first step; says it once, and later calls do nothing.
+        """
+        if self._looks == 0:
             return
+        self._looks -= 1
         known = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         known |= {id(tensor) for get, _ in self._sources for tensor in _tensors(get(), DEPTH)}
         usual = vars(Optimizer([nn.Parameter(torch.zeros(1))], {}))
@@ -77,7 +81,7 @@ class OutsideState:
             if name not in usual and any(id(tensor) not in known for tensor in _tensors(value, DEPTH))
         ]
         if hidden:
-            self._warned = True
+            self._looks = 0
             warnings.warn(
                 f"{type(self._optimizer).__name__} keeps tensors in {', '.join(hidden)} and not in its state_dict: a step "
                 "that is undone, or taken again with another damping, leaves them changed. Unless each step makes them "
